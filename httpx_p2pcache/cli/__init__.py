@@ -1,0 +1,16 @@
+"""The command ``p2pcache``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """What the console script calls."""
+    try:
+        from httpx_p2pcache.cli.app import app
+    except ImportError as exc:
+        if exc.name not in ("typer", "rich"):
+            raise
+        sys.exit("p2pcache: the command needs the extra cli: pip install 'httpx-p2pcache[cli]'")
+    app()

@@ -1,0 +1,210 @@
+"""What is stored and what is sent: entries, and the keys that name, redact and seal them.
+
+An :class:`Entry` is one response with as much of its request as a cache needs: method, URL, the fields that ``Vary``
+nominates, and *who* asked, as a keyed digest. Credentials are replaced before anything is built from a request, so
+neither the store nor a peer ever holds one.
+
+Sealed form (associated data: protocol label and cache key)::
+
+    nonce (12 bytes) | AES-256-GCM( msgpack(Entry) ) | tag (16 bytes)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import msgspec
+from hishel import Headers, Request
+from msgspec import Meta
+
+from httpx_p2pcache.exceptions import Rejected
+
+PROTOCOL = b"httpx-p2pcache/1"
+ANONYMOUS = ""
+EVERYONE = "fleet"  # the one identity of a fleet that is one user by declaration
+
+_CREDENTIAL_NAME = re.compile(r"auth|cookie|token|key|secret|session|passw|credential|otp|signature", re.IGNORECASE)
+_CREDENTIAL_PARAMETERS = re.compile(
+    r"[?&](?:access_token|api_?key|client_secret|password|private_token|secret|sig|signature|x-amz-signature"
+    r"|x-amz-security-token|x-goog-signature)=",
+    re.IGNORECASE,
+)
+# Values of these fields may be stored and sent in clear; any other that Vary nominates becomes a keyed digest.
+_CLEAR_FIELDS = frozenset(
+    {
+        "accept",
+        "accept-charset",
+        "accept-encoding",
+        "accept-language",
+        "origin",
+        "user-agent",
+        "x-github-api-version",
+        "x-requested-with",
+    }
+)
+# Two requests that differ in these ask for different representations, so each has a claim of its own.
+_CLAIM_FIELDS = ("accept", "accept-language", "x-github-api-version")
+
+Digest = Annotated[str, Meta(max_length=64)]
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One stored response with the request that caused it.
+
+    Header values are the received bytes decoded as latin-1, so nothing is lost. ``initial_age`` is
+    ``corrected_initial_age`` (RFC 9111 §4.2.3) in seconds when it was ``received`` (this machine's Unix time).
+    ``identity`` is the digest of the credentials it was made with; "" for a request without any. ``digest`` names the
+    body, which is left out where the receiver holds it already.
+    """
+
+    method: Annotated[str, Meta(min_length=1, max_length=16)]
+    url: Annotated[str, Meta(min_length=8, max_length=16384)]
+    identity: Digest
+    selecting: dict[str, str]
+    status: Annotated[int, Meta(ge=200, le=599)]
+    headers: dict[str, list[str]]
+    body: bytes
+    digest: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    initial_age: Annotated[float, Meta(ge=0, le=2**32)]
+    received: float
+
+    def __repr__(self) -> str:
+        return f"<Entry {self.method} {cache_key(self.url).hex()[:12]} {self.status} {len(self.body)} bytes>"
+
+    def age(self, now: float) -> float:
+        """``current_age`` in seconds (RFC 9111 §4.2.3); a clock that was set back does not make it younger."""
+        return self.initial_age + max(0.0, now - self.received)
+
+    def first(self, name: str) -> str | None:
+        """A response field's lines combined into one value (RFC 9110 §5.3), or None."""
+        values = self.headers.get(name)
+        return None if values is None else ", ".join(values)
+
+
+def cache_key(url: str) -> bytes:
+    """The 32 bytes that name all entries of a URL (without user information and fragment)."""
+    return hashlib.sha256(PROTOCOL + b" " + url.encode()).digest()
+
+
+def body_digest(body: bytes) -> bytes:
+    """The 16 bytes that name a body."""
+    return hashlib.sha256(body).digest()[:16]
+
+
+def carries_credentials(url: str) -> bool:
+    """Whether a URL's query holds a secret: such a request is neither stored nor shared."""
+    return _CREDENTIAL_PARAMETERS.search(url) is not None
+
+
+@lru_cache(maxsize=1024)
+def is_credential(field: str) -> bool:
+    """Whether a request field says *who* asks. Wider than RFC 9110's: X-Api-Key and its like count as well."""
+    return _CREDENTIAL_NAME.search(field) is not None
+
+
+def same_origin(a: str, b: str) -> bool:
+    """RFC 9110 §4.3.1: scheme, host and port agree."""
+    x, y = urlsplit(a), urlsplit(b)
+    try:
+        return (x.scheme, x.hostname, x.port) == (y.scheme, y.hostname, y.port)
+    except ValueError:  # a port that is none
+        return False
+
+
+class Keyring:
+    """Every key of a fleet, derived from one secret (HKDF-SHA256, RFC 5869) with the fleet's name mixed in.
+
+    ``secret`` is never kept; the ``repr`` shows nothing.
+    """
+
+    def __init__(self, secret: bytes, fleet: str) -> None:
+        from cryptography.hazmat.primitives.hashes import SHA256  # not at import time: it costs 20 ms
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+        def derive(purpose: bytes) -> bytes:
+            return HKDF(SHA256(), 32, salt=fleet.encode(), info=PROTOCOL + b" " + purpose).derive(secret)
+
+        self._identity = derive(b"identity")
+        self._seal = derive(b"seal")
+        self.admission = derive(b"admission")
+        self.label = derive(b"label").hex()[:16]
+
+    def __repr__(self) -> str:
+        return "<Keyring>"
+
+    def identity(self, request: Request) -> str:
+        """Who a request is made as: 32 hex digits, or "" for a request that carries no credentials."""
+        held = [(name, request.headers[name]) for name in request.headers if is_credential(name)]
+        if not held:
+            return ANONYMOUS
+        return hmac.digest(self._identity, repr(sorted(held)).encode(), "sha256").hex()[:32]
+
+    def selecting(self, headers: Headers, names: Iterable[str]) -> dict[str, str]:
+        """The request fields ``names`` as they may be stored and sent; a field that is absent is left out."""
+        return {name: value for name in names if (value := self.selecting_value(headers, name)) is not None}
+
+    def selecting_value(self, headers: Headers, name: str) -> str | None:
+        """One request field for comparison under Vary (RFC 9111 §4.1: lines combined, white space normalised)."""
+        lines = headers.get_list(name)
+        if lines is None:
+            return None
+        value = ", ".join(part.strip() for line in lines for part in line.split(","))
+        if name in _CLEAR_FIELDS:
+            return value
+        return hmac.digest(self._identity, f"{name}:{value}".encode(), "sha256").hex()[:32]
+
+    def seal(self, plain: bytes, about: bytes) -> bytes:
+        """``plain`` for the eyes of the fleet; it opens only under the same ``about``, which is not hidden."""
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        nonce = os.urandom(12)
+        return nonce + AESGCM(self._seal).encrypt(nonce, plain, PROTOCOL + b" " + about)
+
+    def open(self, sealed: bytes, about: bytes) -> bytes:
+        """What was sealed under ``about`` by a holder of the secret. Raises :class:`Rejected`."""
+        from cryptography.exceptions import InvalidTag
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+        if len(sealed) < 28:
+            raise Rejected("what is sealed is at least 28 bytes long")
+        try:
+            return AESGCM(self._seal).decrypt(sealed[:12], sealed[12:], PROTOCOL + b" " + about)
+        except InvalidTag as exc:
+            raise Rejected("what is sealed does not open under this key") from exc
+
+    def seal_entry(self, entry: Entry) -> bytes:
+        """An entry's bytes for the wire; only a holder of the secret can open or have made them."""
+        return self.seal(msgspec.msgpack.encode(entry), b"entry " + cache_key(entry.url))
+
+    def open_entry(self, sealed: bytes, key: bytes) -> Entry:
+        """The entry in ``sealed``, which must have been sealed for the cache key ``key``. Raises :class:`Rejected`."""
+        try:
+            entry = _DECODER.decode(self.open(sealed, b"entry " + key))
+        except msgspec.ValidationError as exc:
+            raise Rejected("a sealed entry does not have the form of one") from exc
+        except msgspec.DecodeError as exc:
+            raise Rejected("a sealed entry is not msgpack") from exc
+        if cache_key(entry.url) != key:
+            raise Rejected("an entry's URL and its cache key do not agree")
+        if entry.body and body_digest(entry.body) != entry.digest:
+            raise Rejected("an entry's body and its digest do not agree")
+        return entry
+
+
+_DECODER = msgspec.msgpack.Decoder(Entry)
+
+
+def claim_key(request: Request, partition: str) -> bytes:
+    """The 16 bytes that name what one fetch is for: URL, method, representation, and ``partition``, an identity.
+
+    Where every identity can use the answer the partition is "", so that the whole fleet waits for one fetch.
+    """
+    parts = [request.method, request.url, partition, *(request.headers.get(name) or "" for name in _CLAIM_FIELDS)]
+    return hashlib.sha256(PROTOCOL + b" claim " + repr(parts).encode()).digest()[:16]

@@ -1,0 +1,192 @@
+"""What only GitHub does: entity tags that can be computed, and pages that a 304 does not tell all about.
+
+GitHub's entity tags are bound to the token, so another token's entry cannot be validated with its own. But they follow
+a rule (found by the project bored-engineer/github-conditional-http-transport)::
+
+    sha256( value + ":"  for each of Accept, Authorization, Cookie that the request carries ; the decoded body )
+
+So the tag that *our* token would have been given for a peer's body can be computed. Sent as ``If-None-Match`` it earns
+a 304, which costs no quota, and proves two things: this token may see the resource, and the body is the true one.
+
+The rule is undocumented, hence *learned, not trusted*: every 200 of our own shows whether it holds. Being wrong costs
+the call that would have been made anyway, never a wrong answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qs, urljoin, urlsplit
+
+import msgspec
+from hishel import Headers
+
+from httpx_p2pcache.entries import Entry, same_origin
+from httpx_p2pcache.freshness import vary_names
+from httpx_p2pcache.settings import Settings
+from httpx_p2pcache.stats import Stats
+
+logger = logging.getLogger("httpx_p2pcache")
+
+BOUND_FIELDS = ("accept", "authorization", "cookie")  # in the order in which the rule hashes them
+MAX_DECODED = 64 * 1024**2  # bytes: what a body may unpack to before it is called a bomb
+HOST_GIVEN_UP_AFTER = 10  # failures of the rule, if they are the majority
+
+# GitHub pretty-prints JSON for these, so that their bodies are others.
+_PRETTY_PRINTED = re.compile(r"\b(?:curl|wget|firefox|safari|chrome|mozilla)\b", re.IGNORECASE)
+# What describes the representation, and so is the same whoever asks: all that is taken from another identity's entry.
+_REPRESENTATION_FIELDS = frozenset(
+    {
+        "cache-control",
+        "content-encoding",
+        "content-language",
+        "content-length",
+        "content-type",
+        "last-modified",
+        "link",
+        "vary",
+        "x-github-media-type",
+    }
+)
+_LINK = re.compile(r"<([^>]*)>([^<]*)")
+_VARIABLE = re.compile(r"\d+|[0-9a-f]{7,40}")
+# GitHub's Link fields name by number what the request has named by name.
+_NUMBERED = {"repositories": ("repos", 1), "organizations": ("orgs", 1), "user": ("users", 1)}
+_NAMED = {"repos": 2, "orgs": 1, "users": 1}
+DEFAULT_PER_PAGE = 30
+
+
+class GitHub:
+    """GitHub's rules for the hosts that follow them, and what has been learned of those rules. Thread-safe."""
+
+    def __init__(self, settings: Settings, stats: Stats) -> None:
+        self._hosts = frozenset(settings.github_hosts)
+        self._computed = settings.computed_validators and not settings.shared_identity
+        self._stats = stats
+        self._held: Counter[tuple[str, str]] = Counter()
+        self._failed: Counter[tuple[str, str]] = Counter()
+        self._given_up: set[str] = set()
+        self._lock = threading.Lock()
+
+    def follows(self, url: str) -> bool:
+        """Whether the URL's host is one of ``CACHE_GITHUB_HOSTS``."""
+        return urlsplit(url).netloc in self._hosts
+
+    def shares(self, method: str, url: str, headers: Headers) -> bool:
+        """Whether another identity's entry can help this request: its entity tag can be computed for ours."""
+        if not self._computed or method != "GET" or not self.follows(url):
+            return False
+        if _PRETTY_PRINTED.search(headers.get("user-agent", "")):
+            return False
+        place = urlsplit(url).netloc, family(url)
+        return place[0] not in self._given_up and self._failed[place] <= self._held[place]
+
+    def validator(self, headers: Headers, entry: Entry) -> str | None:
+        """The entity tag that GitHub would give ``entry``'s body for a request with these fields; None: not known."""
+        body = decoded(entry)
+        if body is None or entry.status != 200 or may_have_grown(entry) or not links_stay(entry):
+            return None
+        return f'W/"{computed_etag(headers, body)}"'
+
+    def learn(self, headers: Headers, entry: Entry) -> None:
+        """A 200 of our own shows whether the rule holds."""
+        etag = entry.first("etag")
+        if not self._computed or entry.status != 200 or entry.method != "GET" or etag is None:
+            return
+        body = decoded(entry)
+        carried = [name for name in BOUND_FIELDS if name in headers]
+        if body is None or not set(carried) <= set(vary_names(entry.headers)):
+            return
+        host, path = urlsplit(entry.url).netloc, family(entry.url)
+        holds = opaque(etag) == computed_etag(headers, body)
+        self._stats.add("validators_held" if holds else "validators_failed")
+        with self._lock:
+            (self._held if holds else self._failed)[host, path] += 1
+            if holds or host in self._given_up:
+                return
+            failed = sum(count for (at, _), count in self._failed.items() if at == host)
+            held = sum(count for (at, _), count in self._held.items() if at == host)
+            if failed < HOST_GIVEN_UP_AFTER or failed <= held:
+                return
+            self._given_up.add(host)
+        logger.warning("%s does not compute entity tags as GitHub did: nothing is shared across tokens there", host)
+
+
+def computed_etag(headers: Headers | Mapping[str, str], body: bytes) -> str:
+    """The opaque part of the entity tag, by the rule at the module's head, for the *decoded* body."""
+    preimage = "".join(f"{headers[name]}:" for name in BOUND_FIELDS if name in headers)
+    return hashlib.sha256(preimage.encode("latin-1") + body).hexdigest()
+
+
+def opaque(etag: str) -> str:
+    """An entity tag without weakness mark and quotes, for the weak comparison (RFC 9110 §8.8.3.2)."""
+    return etag.strip().removeprefix("W/").strip('"')
+
+
+def adopted(entry: Entry, etag: str) -> dict[str, list[str]]:
+    """The fields of another identity's entry that hold for ours as well, with the tag that it has for us."""
+    return {**{n: lines for n, lines in entry.headers.items() if n in _REPRESENTATION_FIELDS}, "etag": [etag]}
+
+
+def decoded(entry: Entry) -> bytes | None:
+    """The body without its content coding; None for a coding that is not known, or one that unpacks to too much."""
+    coding = (entry.first("content-encoding") or "identity").strip().lower()
+    if coding == "identity":
+        return entry.body
+    if coding not in ("gzip", "x-gzip"):
+        return None
+    unpack = zlib.decompressobj(wbits=31)
+    try:
+        body = unpack.decompress(entry.body, MAX_DECODED)
+    except zlib.error:
+        return None
+    return body if unpack.eof else None
+
+
+def may_have_grown(entry: Entry) -> bool:
+    """Whether this is the last page of a list, and full: a next page may exist that a 304 does not tell of."""
+    relations = entry.first("link") or ""
+    if 'rel="next"' in relations:
+        return False
+    body = decoded(entry)
+    if body is None or body[:1] not in (b"[", b"{"):
+        return False
+    try:
+        value: Any = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        return False
+    lists = [value] if isinstance(value, list) else [v for v in value.values() if isinstance(v, list)]
+    asked = parse_qs(urlsplit(entry.url).query).get("per_page", [""])[0]
+    size = int(asked[:6]) if asked.isdigit() else DEFAULT_PER_PAGE
+    paged = isinstance(value, list) or "total_count" in value
+    return paged and any(len(items) >= size for items in lists)
+
+
+def links_stay(entry: Entry) -> bool:
+    """Whether every target of ``Link`` has the entry's own origin and path family."""
+    for target, _ in _LINK.findall(entry.first("link") or ""):
+        url = urljoin(entry.url, target)
+        if not same_origin(url, entry.url) or family(url) != family(entry.url):
+            return False
+    return True
+
+
+def family(url: str) -> str:
+    """The path with what varies taken out: ``/repos/o/r/pulls/7`` and ``/repositories/5/pulls/9`` are one family."""
+    parts = [part for part in urlsplit(url).path.split("/") if part]
+    if parts[:2] == ["api", "v3"]:  # GitHub Enterprise Server
+        parts = parts[2:]
+    if parts and parts[0] in _NUMBERED and len(parts) > 1 and parts[1].isdigit():
+        name, skip = _NUMBERED[parts[0]]
+    elif parts and parts[0] in _NAMED:
+        name, skip = parts[0], _NAMED[parts[0]]
+    else:
+        name, skip = "", 0
+    rest = parts[1 + skip :] if name else parts
+    return "/".join([name, *("*" if _VARIABLE.fullmatch(part) else part for part in rest)])

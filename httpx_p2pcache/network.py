@@ -1,0 +1,151 @@
+"""The contract between a request's way and whatever connects this runner to its fleet.
+
+:class:`PeerNetwork` is all that the exchange knows of peers. :class:`NoPeers` is the fleet of one.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Annotated, Protocol
+
+import msgspec
+from msgspec import Meta
+
+from httpx_p2pcache.claims import Verdict
+from httpx_p2pcache.entries import Digest, Entry
+
+Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
+ClaimKey = Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """*Give me this, or let me fetch it.*
+
+    ``selecting`` holds the request's fields as they may be sent (credentials as digests); ``holds`` the digest of a
+    body that the asker has already and need not be sent again, b"" for none; ``any_identity`` says that an entry of
+    another identity helps as well.
+    """
+
+    key: Key
+    claim: ClaimKey
+    method: Annotated[str, Meta(max_length=16)]
+    identity: Digest
+    selecting: Annotated[dict[str, str], Meta(max_length=100)]
+    holds: Annotated[bytes, Meta(max_length=16)] = b""
+    any_identity: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """An entry, checked and stored here."""
+
+
+@dataclass(frozen=True)
+class FleetClaim:
+    """The fleet's claim ``id`` is ours: we fetch for all. A stale entry may have been stored here by the way."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Awaited:
+    """Somebody in the fleet fetches it; ``answer`` will hold the next answer."""
+
+    answer: Future[Answer]
+
+
+@dataclass(frozen=True)
+class Unclaimed:
+    """Nobody can say anything: fetch it without a claim."""
+
+
+Answer = Found | FleetClaim | Awaited | Unclaimed
+
+
+class PeerNetwork(Protocol):
+    """What every network of peers guarantees.
+
+    - No method blocks, and none raises because of a peer.
+    - Every future returned is resolved in the end, at the latest when the network is closed.
+    - Whoever cancels a future has stopped waiting: a claim granted to it is given back.
+    - After ``close`` every question is answered with :class:`Unclaimed`.
+    - ``close`` returns within two seconds with nothing left running.
+    """
+
+    @property
+    def active(self) -> bool:
+        """Whether a question can be asked: the node has joined, though it may be the only one so far."""
+        ...
+
+    def joined(self) -> Future[None]:
+        """Resolved once every peer known at the start has been reached or given up, or the network cannot start."""
+        ...
+
+    def ask(self, question: Question) -> Future[Answer]:
+        """One question to the key's home."""
+        ...
+
+    def publish(self, entry: Entry, claim: bytes, held: FleetClaim | None, *, refreshed: bool = False) -> None:
+        """Hand an entry to the fleet, and release ``held`` by that; ``refreshed``: only its fields are new."""
+        ...
+
+    def release(self, claim: bytes, key: bytes, held: FleetClaim, verdict: Verdict) -> None:
+        """Give a claim back without an entry."""
+        ...
+
+    def invalidate(self, keys: list[bytes]) -> Future[None]:
+        """Tell every peer that the entries of these cache keys are no longer valid; resolved when all have answered."""
+        ...
+
+    def status(self) -> dict[str, object]:
+        """``p2p_enabled``, ``peer_id``, ``addresses``, ``connected_peers`` and ``peers``, as plain values."""
+        ...
+
+    def close(self) -> None:
+        """Leave the fleet. Idempotent, from any thread."""
+        ...
+
+    def after_fork(self) -> None:
+        """In a forked child: let go of what was inherited (sockets), and start nothing."""
+        ...
+
+
+def resolved(answer: Answer) -> Future[Answer]:
+    """A future that holds its answer already."""
+    future: Future[Answer] = Future()
+    future.set_result(answer)
+    return future
+
+
+def done() -> Future[None]:
+    """A future that has nothing to wait for."""
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
+
+
+class NoPeers:
+    """The fleet of one: nobody to ask, nobody to tell."""
+
+    active = False
+
+    def joined(self) -> Future[None]:
+        return done()
+
+    def ask(self, question: Question) -> Future[Answer]:  # noqa: ARG002 - the contract's signature
+        return resolved(Unclaimed())
+
+    def publish(self, entry: Entry, claim: bytes, held: FleetClaim | None, *, refreshed: bool = False) -> None: ...
+
+    def release(self, claim: bytes, key: bytes, held: FleetClaim, verdict: Verdict) -> None: ...
+
+    def invalidate(self, keys: list[bytes]) -> Future[None]:  # noqa: ARG002 - the contract's signature
+        return done()
+
+    def status(self) -> dict[str, object]:
+        return {"p2p_enabled": False, "peer_id": None, "addresses": [], "connected_peers": 0, "peers": []}
+
+    def close(self) -> None: ...
+
+    def after_fork(self) -> None: ...

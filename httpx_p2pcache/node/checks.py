@@ -1,0 +1,68 @@
+"""What came from a peer is checked like what comes from a stranger: a cache multiplies its mistakes."""
+
+from __future__ import annotations
+
+import math
+import re
+from urllib.parse import urljoin
+
+import hishel
+import msgspec
+from hishel import CacheOptions, Headers
+
+from httpx_p2pcache.entries import Entry, carries_credentials, is_credential, same_origin
+from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.freshness import http_date, machine_response, vary_names
+
+MAX_RESIDENT = 31_536_000.0  # a year, as RFC 9111's own advice for the longest lifetime was
+MAX_FUTURE = 7200.0  # clocks may differ by an hour in either direction
+MAX_FIELDS = 200
+MAX_FIELD_BYTES = 64 * 1024
+
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
+_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_PAGINATION = re.compile(r"<([^>]*)>[^,<]*;\s*rel=\"?[^\",;]*\b(?:next|prev|previous|first|last)\b", re.IGNORECASE)
+
+
+def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> Entry:
+    """``entry`` as it may be stored here, ``resident`` seconds older than when it was sealed.
+
+    Raises :class:`Rejected` with the reason, which names no value of the entry.
+    """
+    if not math.isfinite(resident) or not 0 <= resident <= MAX_RESIDENT:
+        raise Rejected("it has been on its way for an impossible time")
+    if entry.method not in ("GET", "HEAD") or not entry.url.startswith(("http://", "https://")):
+        raise Rejected("its method or URL is not one that is cached")
+    if carries_credentials(entry.url) or any(is_credential(n) and len(v) != 32 for n, v in entry.selecting.items()):
+        raise Rejected("it holds credentials in clear")
+    if len(entry.body) > max_body_size:
+        raise Rejected("its body is larger than CACHE_MAX_BODY_SIZE")
+    _check_fields(entry.headers)
+    if "set-cookie" in entry.headers or "*" in vary_names(entry.headers):
+        raise Rejected("it is for one user or one request only")
+    date = http_date(entry.first("date"))
+    if date is not None and date > now + MAX_FUTURE:
+        raise Rejected("its Date lies in the future")
+    length = entry.first("content-length")
+    if entry.method == "GET" and length is not None and length != str(len(entry.body)):
+        raise Rejected("its body is not as long as its Content-Length says")
+    for target in _PAGINATION.findall(entry.first("link") or ""):
+        if not same_origin(urljoin(entry.url, target), entry.url):
+            raise Rejected("its Link leads to another origin")
+    verdict = hishel.CacheMiss(
+        options=CacheOptions(shared=False), request=hishel.Request(entry.method, entry.url, Headers({}))
+    ).next(machine_response(hishel.Response(entry.status, Headers(entry.headers))))
+    if not isinstance(verdict, hishel.StoreAndUse):
+        raise Rejected("RFC 9111 §3 does not allow it to be stored")
+    age = entry.initial_age + resident
+    return msgspec.structs.replace(entry, initial_age=age, received=now)
+
+
+def _check_fields(headers: dict[str, list[str]]) -> None:
+    lines = [(name, line) for name, values in headers.items() for line in values]
+    if len(lines) > MAX_FIELDS or sum(len(name) + len(line) for name, line in lines) > MAX_FIELD_BYTES:
+        raise Rejected("it has too many or too large fields")
+    if any(not values for values in headers.values()):
+        raise Rejected("it has a field without a line")
+    if not all(_NAME.fullmatch(name) and _VALUE.fullmatch(line) for name, line in lines):
+        raise Rejected("it has a field that RFC 9110 §5 does not allow")

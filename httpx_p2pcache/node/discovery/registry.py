@@ -1,0 +1,114 @@
+"""A directory in which each node leaves its addresses: on one host, or on a file system that hosts share.
+
+One file per peer, ``<fleet's label>-<digest of the peer ID>.peer`` (mode 0600), written whole and renamed into place::
+
+    nonce | AES-256-GCM( msgpack(Record) ) | tag
+
+Only the fleet can read it. It is written anew as a heartbeat, counts for ``CACHE_PEER_TTL`` seconds, and is removed at
+a clean end; who finds one of the own fleet that is older removes it. What others leave there is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from httpx_p2pcache.entries import Keyring
+from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.node.discovery import Sighting
+from httpx_p2pcache.node.protocol import Address, PeerBytes
+
+MAX_RECORD = 8192  # bytes; a larger file is not one of ours
+MAX_PEERS = 1000
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True):
+    peer_id: PeerBytes
+    addresses: Annotated[list[Address], Meta(max_length=16)]
+    host: Annotated[str, Meta(max_length=256)]  # loopback addresses are for the same host only
+    written: float  # Unix time
+
+
+_DECODER = msgspec.msgpack.Decoder(Record)
+
+
+class Registry:
+    """The registry directory of one fleet."""
+
+    def __init__(self, directory: Path, keyring: Keyring, ttl: float) -> None:
+        self._directory = directory
+        self._keyring = keyring
+        self._ttl = ttl
+        self._ours: Path | None = None
+        self._announced: tuple[bytes, list[str]] | None = None
+        self._written = 0.0
+        self._known: dict[str, tuple[float, Record | None]] = {}
+
+    def announce(self, peer_id: bytes, addresses: list[str]) -> None:
+        self._announced = peer_id, addresses
+        self._write(time.time())
+
+    def find(self) -> list[Sighting]:
+        now = time.time()
+        if self._announced and now - self._written > min(self._ttl / 4, 60.0):
+            self._write(now)
+        host, found = socket.gethostname(), []
+        try:
+            entries = [e for e in os.scandir(self._directory) if e.name.startswith(f"{self._keyring.label}-")]
+        except FileNotFoundError:
+            return []
+        for entry in entries[:MAX_PEERS]:
+            record = self._read(entry)
+            if record is None:
+                continue
+            if now - record.written > self._ttl:
+                Path(entry.path).unlink(missing_ok=True)
+                continue
+            here = record.host == host
+            addresses = tuple(a for a in record.addresses if here or not a.startswith(("/ip4/127.", "/ip6/::1/")))
+            found.append(Sighting(peer_id=record.peer_id, addresses=addresses, how="registry"))
+        return found
+
+    def withdraw(self) -> None:
+        if self._ours is not None:
+            self._ours.unlink(missing_ok=True)
+            self._announced = None
+
+    def _write(self, now: float) -> None:
+        assert self._announced is not None
+        peer_id, addresses = self._announced
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        record = Record(peer_id, addresses[:16], socket.gethostname(), now)
+        name = f"{self._keyring.label}-{hashlib.sha256(peer_id).hexdigest()[:16]}.peer"
+        temporary = self._directory / f".{name}.{os.getpid()}"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(self._keyring.seal(msgspec.msgpack.encode(record), b"registry"))
+        self._ours = self._directory / name
+        temporary.replace(self._ours)
+        self._written = now
+
+    def _read(self, entry: os.DirEntry[str]) -> Record | None:
+        """The record of a file, read again only when it has changed; None for a half, foreign or false one."""
+        try:
+            status = entry.stat(follow_symlinks=False)
+            known = self._known.get(entry.name)
+            if known is not None and known[0] == status.st_mtime:
+                return known[1]
+            record = None
+            if entry.is_file(follow_symlinks=False) and status.st_size <= MAX_RECORD:
+                sealed = Path(entry.path).read_bytes()
+                record = _DECODER.decode(self._keyring.open(sealed, b"registry"))
+        except (Rejected, msgspec.DecodeError, FileNotFoundError):
+            record = None
+        except OSError:
+            return None
+        self._known[entry.name] = status.st_mtime, record
+        return record

@@ -1,0 +1,202 @@
+"""A node inside this process: its own trio loop in its own thread, reached without ever blocking a caller."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from httpx_p2pcache.claims import Verdict
+from httpx_p2pcache.entries import Entry, Keyring
+from httpx_p2pcache.network import Answer, FleetClaim, Question, Unclaimed, done
+from httpx_p2pcache.settings import Settings
+from httpx_p2pcache.stats import Stats
+from httpx_p2pcache.store import Store
+
+if TYPE_CHECKING:
+    import trio
+
+    from httpx_p2pcache.node.fleet import Fleet
+
+logger = logging.getLogger("httpx_p2pcache")
+
+CLOSE_SECONDS = 1.9  # what close() may take
+
+
+class EmbeddedNode:
+    """The :class:`PeerNetwork` of a process that takes part itself.
+
+    ``import libp2p`` takes about two seconds, so it happens in the node's thread; until the node has joined, there is
+    nobody to ask. A node that cannot start says so once and leaves a working local cache.
+    """
+
+    def __init__(
+        self, settings: Settings, store: Store, keyring: Keyring, stats: Stats, say_once: Callable[..., None]
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._keyring = keyring
+        self._stats = stats
+        self._say_once = say_once
+        self._fleet: Fleet | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._closing = False
+        self._lock = threading.Lock()
+        self._open: set[Future[Any]] = set()
+        self._joined: Future[None] = Future()
+        # A daemon, lest an interpreter that nobody closes us in should wait for it; atexit stops it in order.
+        self._thread = threading.Thread(target=self._run, name="p2pcache-node", daemon=True)
+        self._thread.start()
+
+    @property
+    def active(self) -> bool:
+        # Also while we are alone: who joins in the next moment is told what we are fetching.
+        return self._joined.done() and self._token is not None
+
+    def joined(self) -> Future[None]:
+        waiting: Future[None] = Future()
+
+        def pass_on(_: Future[None]) -> None:
+            if waiting.set_running_or_notify_cancel():
+                waiting.set_result(None)
+
+        self._joined.add_done_callback(pass_on)
+        return waiting
+
+    def ask(self, question: Question) -> Future[Answer]:
+        future: Future[Answer] = Future()
+        self._track(future)
+
+        def begin(fleet: Fleet) -> None:
+            fleet.spawn(fleet.home.ask, question, future)
+
+        if not self._soon(begin):
+            future.set_result(Unclaimed())
+        return future
+
+    def publish(self, entry: Entry, claim: bytes, held: FleetClaim | None, *, refreshed: bool = False) -> None:  # noqa: ARG002 - a publication ends whichever claim there is
+        async def publish(fleet: Fleet) -> None:
+            await fleet.home.publish(entry, claim, refreshed=refreshed)
+
+        self._soon(lambda fleet: fleet.spawn(publish, fleet))
+
+    def release(self, claim: bytes, key: bytes, held: FleetClaim, verdict: Verdict) -> None:
+        self._soon(lambda fleet: fleet.spawn(fleet.home.release, claim, key, held.id, verdict))
+
+    def invalidate(self, keys: list[bytes]) -> Future[None]:
+        future: Future[None] = Future()
+        self._track(future)
+        if not self._soon(lambda fleet: fleet.spawn(fleet.home.invalidate, keys, future)):
+            return done()
+        return future
+
+    def status(self) -> dict[str, object]:
+        fleet = self._fleet
+        if fleet is None:
+            return {"p2p_enabled": True, "peer_id": None, "addresses": [], "connected_peers": 0, "peers": []}
+        peers = [member.describe() for member in list(fleet.members.values())]
+        return {
+            "p2p_enabled": True,
+            "peer_id": str(fleet.host.id),
+            "addresses": list(fleet.addresses),
+            "connected_peers": len(peers),
+            "peers": peers,
+        }
+
+    def close(self) -> None:
+        with self._lock:
+            self._closing = True
+            token, fleet = self._token, self._fleet
+        if token is not None and fleet is not None:
+            try:
+                token.run_sync_soon(fleet.stopping.set)
+            except RuntimeError:  # it has ended by itself
+                pass
+        # While it still imports libp2p there is nothing to stop: it sees that it is closing, and ends.
+        if self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_SECONDS)
+        self._give_up()
+
+    def after_fork(self) -> None:
+        # The thread did not come along, but its sockets did: a port that the child holds would stay taken.
+        self._token, self._closing = None, True
+        fleet, self._fleet = self._fleet, None
+        if fleet is not None:
+            for descriptor in fleet.host.sockets():
+                try:
+                    os.close(descriptor)
+                except OSError:
+                    pass
+
+    def _soon(self, func: Callable[[Fleet], None]) -> bool:
+        """Have ``func`` called in the node's loop; false if there is none."""
+        token = self._token
+        if token is None or self._closing:
+            return False
+
+        def call() -> None:
+            if self._fleet is not None and not self._closing:
+                func(self._fleet)
+
+        try:
+            token.run_sync_soon(call)
+        except RuntimeError:  # the loop has ended
+            return False
+        return True
+
+    def _track(self, future: Future[Any]) -> None:
+        self._open.add(future)
+        future.add_done_callback(self._open.discard)
+
+    def _give_up(self) -> None:
+        """Nobody waits for a node that is gone."""
+        if not self._joined.done():
+            self._joined.set_result(None)
+        for future in list(self._open):
+            if not future.done():
+                future.set_result(Unclaimed())
+
+    def _run(self) -> None:
+        try:
+            import cryptography.hazmat.primitives.ciphers.aead  # noqa: F401 - not in the middle of a first answer
+            import trio  # here begins what takes two seconds
+
+            from httpx_p2pcache.node.fleet import Fleet
+
+            if not self._closing:
+                trio.run(self._main, Fleet)
+        except OSError as exc:
+            self._say_once(
+                "sharing with other runners is off, as the node cannot listen (%s): set CACHE_LISTEN_PORT", exc
+            )
+        except BaseException as exc:
+            self._say_once("sharing with other runners is off, as the node has failed: %r", exc)
+            logger.debug("the node has failed", exc_info=True)
+        finally:
+            self._token = None
+            self._fleet = None
+            self._give_up()
+
+    async def _main(self, fleet_type: type[Fleet]) -> None:
+        import trio
+
+        fleet = fleet_type(self._settings, self._store, self._keyring, self._stats)
+
+        def started() -> None:
+            with self._lock:
+                self._fleet, self._token = fleet, trio.lowlevel.current_trio_token()
+                if self._closing:
+                    fleet.stopping.set()
+
+        async def say_joined() -> None:
+            await fleet.joined.wait()
+            if not self._joined.done():
+                self._joined.set_result(None)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(say_joined)
+            await fleet.run(started)
+            nursery.cancel_scope.cancel()

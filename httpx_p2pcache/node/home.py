@@ -1,0 +1,469 @@
+"""*Who has it?* Questions, claims, publications and invalidations among the members.
+
+The home of a cache key is one member, the same in the eyes of all who see the same members (rendezvous hashing: Thaler
+and Ravishankar 1998). It keeps the key's claims and a copy of what is published. A node asks the home one question::
+
+    asker              home                          claimant
+      │ Ask ────────────> has it fresh:  Found ──> asker
+      │                   nobody fetches: Granted ──> asker, which fetches from the origin
+      │                   somebody does: Wait ──> asker
+      │                                   │ <──────────── Publish
+      │ <──────────────────────── Found ──┘ ───────────> Published(served) ── Push to all who were not served
+
+Membership may be seen differently for a moment; then a key has two homes, and two fetches at the worst. Whoever becomes
+a home is told in the :class:`Inventory` of each member what that member holds, and what it is fetching.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import trio
+from libp2p.peer.id import ID
+
+from httpx_p2pcache import network
+from httpx_p2pcache.claims import ClaimTable, Go, Look, Pending, Tidings, Told, Verdict
+from httpx_p2pcache.claims import Granted as ClaimGranted
+from httpx_p2pcache.entries import Entry, cache_key
+from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.network import Answer, Awaited, FleetClaim, Question, Unclaimed
+from httpx_p2pcache.node.checks import believed
+from httpx_p2pcache.node.members import Link, Member
+from httpx_p2pcache.node.protocol import (
+    Ask,
+    Done,
+    Found,
+    Granted,
+    Invalidate,
+    Inventory,
+    Message,
+    Nothing,
+    Ping,
+    Publish,
+    Published,
+    Push,
+    Release,
+    Wait,
+)
+from httpx_p2pcache.store import Stored
+
+if TYPE_CHECKING:
+    from httpx_p2pcache.node.fleet import Fleet
+
+logger = logging.getLogger("httpx_p2pcache")
+
+MAX_HOMES = 3  # asked in turn, when one after another is lost while we wait there
+MAX_HINTS = 20_000  # cache keys of which we know who holds them
+
+
+class Asker(NamedTuple):
+    """Who waits at a home: a member's call, or this node's own request."""
+
+    peer_id: ID
+    call: int
+    question: Question
+    tell: Callable[[Tidings], None]
+
+    def __hash__(self) -> int:
+        return hash((self.peer_id, self.call))
+
+
+class Home:
+    """This node as the home of some keys, and as one who asks the homes of the others."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._claims: ClaimTable[Asker] = ClaimTable(fleet.settings.claim_timeout)
+        self._hints: OrderedDict[bytes, ID] = OrderedDict()
+        self._fetching: dict[bytes, tuple[int, float]] = {}
+        self._waiting_at: dict[int, ID] = {}
+        self._own_calls = 0
+        self._publishing = 0
+        self._all_published = trio.Event()
+
+    # What this node's own requests want
+
+    async def ask(self, question: Question, future: Future[Answer]) -> None:
+        """Answer ``future``, and the futures that it may lead to, as :class:`network.PeerNetwork` promises."""
+        current: Future[Answer] | None = future
+        try:
+            for _ in range(MAX_HOMES):
+                home = self._home_of(question.key)
+                if home is None:
+                    current = await self._ask_here(question, future)
+                else:
+                    current = await self._ask_there(home, question, future)
+                if current is None:
+                    return
+                future = current  # the home was lost while we waited there: the next one knows, or decides anew
+        except OSError:
+            self._fleet.stats.add("peer_failures")
+        finally:
+            self._resolve(future, Unclaimed(), question)
+
+    def _home_of(self, key: bytes) -> Member | None:
+        """The member that is home to ``key``; None if it is this node."""
+        ours = self._fleet.host.id
+
+        def weight(peer_id: ID) -> bytes:
+            return hashlib.blake2b(peer_id.to_bytes() + key, digest_size=8).digest()
+
+        members = [member for member in self._fleet.members.values() if member.ready and not member.suspect]
+        best = max(members, key=lambda member: weight(member.peer_id), default=None)
+        return None if best is None or weight(ours) > weight(best.peer_id) else best
+
+    async def _ask_there(self, home: Member, question: Question, future: Future[Answer]) -> Future[Answer] | None:
+        """Ask a member; a future if it was lost while we waited there, which is then still to be answered."""
+        settings, link = self._fleet.settings, home.link
+        with link.open_call() as call:
+            try:
+                with trio.fail_after(settings.lookup_timeout):
+                    await link.send(Ask(call.number, question))
+                    answer = await call.receive(settings.lookup_timeout)
+            except trio.TooSlowError:
+                self._fleet.suspect(home.peer_id)
+                raise OSError("the home does not answer") from None
+            if isinstance(answer, Wait):
+                later: Future[Answer] = Future()
+                self._resolve(future, Awaited(later), question)
+                future = later
+                self._waiting_at[id(call)] = home.peer_id
+                try:
+                    answer = await call.receive(settings.claim_timeout)
+                except OSError:
+                    return future
+                finally:
+                    del self._waiting_at[id(call)]
+            if isinstance(answer, Found):
+                stored = await self._received(question.key, answer.sealed, answer.resident)
+                self._resolve(future, Unclaimed() if stored is None else network.Found(), question)
+            elif isinstance(answer, Granted):
+                if answer.sealed:
+                    await self._received(question.key, answer.sealed, answer.resident)
+                self._granted(future, question, answer.id)
+            else:
+                self._resolve(future, Unclaimed(), question)
+        return None
+
+    async def _ask_here(self, question: Question, future: Future[Answer]) -> Future[Answer] | None:
+        """The same question where we are the home ourselves."""
+        await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
+        stored = await self._find(question)
+        if stored is not None and stored.fresh(time.time()):
+            self._resolve(future, network.Found(), question)
+            return None
+        self._own_calls += 1
+        later: Future[Answer] = Future()
+        done = trio.Event()
+
+        def tell(tidings: Tidings) -> None:
+            if isinstance(tidings, ClaimGranted):
+                self._granted(later, question, tidings.id)
+            else:
+                self._resolve(later, network.Found() if isinstance(tidings, Look) else Unclaimed(), question)
+            done.set()
+
+        asker = Asker(self._fleet.host.id, self._own_calls, question, tell)
+        answer = self._claims.ask(question.claim, asker, trio.current_time())
+        if isinstance(answer, ClaimGranted):
+            self._granted(future, question, answer.id)
+        elif isinstance(answer, Pending):
+            self._resolve(future, Awaited(later), question)
+            with trio.move_on_after(self._fleet.settings.claim_timeout):
+                await done.wait()
+            self._resolve(later, Unclaimed(), question)
+        else:
+            self._resolve(future, Unclaimed(), question)
+        return None
+
+    def _granted(self, future: Future[Answer], question: Question, id_: int) -> None:
+        ends = trio.current_time() + self._fleet.settings.claim_timeout
+        self._fetching[question.claim] = id_, ends
+        self._resolve(future, FleetClaim(id_), question)
+
+    def _resolve(self, future: Future[Answer], answer: Answer, question: Question) -> None:
+        """Set an answer that is not set yet; a claim that nobody waits for any more is given back."""
+        try:
+            if not future.done():
+                future.set_result(answer)
+                return
+        except InvalidStateError:
+            pass
+        if isinstance(answer, FleetClaim):
+            self._fleet.spawn(self.release, question.claim, question.key, answer.id, Verdict.ABANDONED)
+
+    async def release(self, claim: bytes, key: bytes, id_: int, verdict: Verdict) -> None:
+        """This node's claim has ended without an entry."""
+        self._fetching.pop(claim, None)
+        home = self._home_of(key)
+        if home is None:
+            self._tell(self._claims.release(claim, id_, verdict, trio.current_time()))
+            return
+        try:
+            await home.link.send(Release(claim, id_, verdict))
+        except OSError:
+            self._fleet.stats.add("peer_failures")
+
+    async def publish(self, entry: Entry, claim: bytes, *, refreshed: bool) -> None:
+        """This node has fetched or refreshed ``entry``: the home first, which serves those who wait, then the rest."""
+        self._fetching.pop(claim, None)
+        self._tell(self._claims.release(claim, None, Verdict.PUBLISHED, trio.current_time()))
+        if not self._fleet.members:
+            return
+        key, made = cache_key(entry.url), trio.current_time()
+        whole = self._fleet.keyring.seal_entry(entry)
+        light = self._fleet.keyring.seal_entry(msgspec.structs.replace(entry, body=b"")) if refreshed else whole
+        home = self._home_of(key)
+        self._publishing += 1
+        try:
+            served = set() if home is None else await self._publish_at(home, key, claim, [light, whole], made)
+            async with trio.open_nursery() as nursery:
+                for member in list(self._fleet.members.values()):
+                    if member.peer_id.to_bytes() not in served:
+                        nursery.start_soon(self._push, member, key, claim, light, made)
+        finally:
+            self._publishing -= 1
+            if not self._publishing:
+                self._all_published.set()
+                self._all_published = trio.Event()
+
+    async def _publish_at(self, home: Member, key: bytes, claim: bytes, forms: list[bytes], made: float) -> set[bytes]:
+        """Give the home the first of ``forms`` that it can use; returns who has the entry by that."""
+        for sealed in forms:
+
+            def build(number: int, sealed: bytes = sealed) -> Publish:
+                return Publish(number, key, claim, sealed, trio.current_time() - made)
+
+            try:
+                answer = await home.link.call(build, self._fleet.settings.claim_timeout)
+            except OSError:
+                self._fleet.stats.add("peer_failures")
+                break
+            if isinstance(answer, Published) and answer.held:
+                return {home.peer_id.to_bytes(), *answer.served}
+        return {home.peer_id.to_bytes()}
+
+    async def published(self) -> None:
+        """Wait until nothing is being published any more."""
+        while self._publishing:
+            await self._all_published.wait()
+
+    async def _push(self, member: Member, key: bytes, claim: bytes, sealed: bytes, made: float) -> None:
+        try:
+            if member.links:
+                await member.link.send(Push(key, claim, sealed, trio.current_time() - made))
+        except OSError:
+            self._fleet.stats.add("peer_failures")
+
+    async def invalidate(self, keys: list[bytes], future: Future[None]) -> None:
+        """Tell everybody; ``future`` is resolved when all have answered or are given up."""
+
+        async def tell(member: Member) -> None:
+            try:
+                await member.link.call(lambda n: Invalidate(n, keys), self._fleet.settings.lookup_timeout)
+            except OSError:
+                self._fleet.stats.add("peer_failures")
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for member in list(self._fleet.members.values()):
+                    nursery.start_soon(tell, member)
+        finally:
+            if not future.done():
+                future.set_result(None)
+
+    # What members want of us
+
+    async def handle(self, link: Link, message: Message) -> None:
+        """Do what a member asks. Raises OSError when it is gone before it can be answered."""
+        if isinstance(message, Ask):
+            await self._asked(link, message)
+        elif isinstance(message, Publish):
+            await self._published(link, message)
+        elif isinstance(message, Push):
+            if await self._received(message.key, message.sealed, message.resident) is not None:
+                self._tell(self._claims.release(message.claim, None, Verdict.PUBLISHED, trio.current_time()))
+        elif isinstance(message, Release):
+            told = self._claims.release(message.claim, message.id, message.verdict, trio.current_time())
+            self._tell(told)
+        elif isinstance(message, Invalidate):
+            await self._fleet.in_worker(partial(self._fleet.store.invalidate, message.keys))
+            await link.send(Done(message.call))
+        elif isinstance(message, Ping):
+            await link.send(Done(message.call))
+
+    async def _asked(self, link: Link, message: Ask) -> None:
+        question, call = message.question, message.call
+        if not message.forwarded:
+            await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
+        stored = await self._find(question, forwarded=message.forwarded)
+        now = time.time()
+        if stored is not None and stored.fresh(now):
+            await link.send(Found(call, self._sealed(stored, question), max(0.0, now - stored.entry.received)))
+            return
+        if message.forwarded:
+            await link.send(Nothing(call))
+            return
+
+        def tell(tidings: Tidings) -> None:
+            self._fleet.spawn(self._deliver, link, call, question, tidings)
+
+        asker = Asker(link.peer_id, call, question, tell)
+        answer = self._claims.ask(question.claim, asker, trio.current_time())
+        if isinstance(answer, Pending):
+            await link.send(Wait(call))
+        elif isinstance(answer, Go):
+            await link.send(Nothing(call))
+        else:
+            await self._grant(link, call, question, answer.id, stored)
+
+    async def _grant(self, link: Link, call: int, question: Question, id_: int, stale: Stored | None) -> None:
+        sealed, resident = b"", 0.0
+        if stale is not None and stale.entry.digest != question.holds:
+            sealed = self._fleet.keyring.seal_entry(stale.entry)
+            resident = max(0.0, time.time() - stale.entry.received)
+        await link.send(Granted(call, id_, sealed, resident))
+
+    async def _deliver(self, link: Link, call: int, question: Question, tidings: Tidings) -> None:
+        """What a member waits for has been decided."""
+        try:
+            stored = await self._find(question, forwarded=True)
+            if isinstance(tidings, ClaimGranted):
+                await self._grant(link, call, question, tidings.id, stored)
+            elif isinstance(tidings, Look) and stored is not None:
+                resident = max(0.0, time.time() - stored.entry.received)
+                await link.send(Found(call, self._sealed(stored, question), resident))
+            else:
+                await link.send(Nothing(call))
+        except OSError:
+            pass  # it is gone; its claim, if it was granted one, is passed on when its link is
+
+    async def _published(self, link: Link, message: Publish) -> None:
+        stored = await self._received(message.key, message.sealed, message.resident)
+        told: Told[Asker] = []
+        if stored is not None:
+            told = self._claims.release(message.claim, None, Verdict.PUBLISHED, trio.current_time())
+            self._tell(told)
+        served = [asker.peer_id.to_bytes() for _, asker, _ in told]
+        await link.send(Published(message.call, served[:1000], stored is not None))
+
+    async def _find(self, question: Question, *, forwarded: bool = False) -> Stored | None:
+        """The entry that helps an asker most: from the store, else from the member that is known to hold it."""
+        stored = await self._select(question)
+        if (stored is not None and stored.fresh(time.time())) or forwarded:
+            return stored
+        holder = self._fleet.members.get(self._hints.get(question.key, self._fleet.host.id))
+        if holder is None or holder.suspect:
+            return stored
+        self._hints.pop(question.key, None)
+        try:
+            budget = self._fleet.settings.lookup_timeout / 2
+            answer = await holder.link.call(lambda n: Ask(n, question, forwarded=True), budget)
+        except OSError:
+            return stored
+        if isinstance(answer, Found):
+            await self._received(question.key, answer.sealed, answer.resident)
+        return await self._select(question)
+
+    async def _select(self, question: Question) -> Stored | None:
+        store = self._fleet.store
+        held = store.peek(question.key)
+        if held is None:
+            held = await self._fleet.in_worker(partial(store.load, question.key))
+        now = time.time()
+        chosen = [
+            stored
+            for stored in held
+            if (question.any_identity or stored.entry.identity == question.identity or "public" in stored.control)
+            and stored.matches(question.method, question.selecting.get, any_identity=question.any_identity)
+            and (stored.entry.status == 200 or stored.entry.identity == question.identity)
+        ]
+        return max(
+            chosen, key=lambda s: (s.fresh(now), s.entry.identity == question.identity, -s.entry.age(now)), default=None
+        )
+
+    def _sealed(self, stored: Stored, question: Question) -> bytes:
+        entry = stored.entry
+        if entry.body and entry.digest == question.holds:
+            entry = msgspec.structs.replace(entry, body=b"")
+        return self._fleet.keyring.seal_entry(entry)
+
+    async def _received(self, key: bytes, sealed: bytes, resident: float) -> Stored | None:
+        """An entry from a peer, checked and stored; None if it is not believed, not whole, or no longer valid."""
+        fleet = self._fleet
+        try:
+            entry = fleet.keyring.open_entry(sealed, key)
+            held = fleet.store.peek(key)
+            if held is None:
+                held = await fleet.in_worker(partial(fleet.store.load, key))
+            if not entry.body and entry.digest != EMPTY:
+                body = next((s.entry.body for s in held if s.entry.digest == entry.digest), None)
+                if body is None:
+                    return None
+                entry = msgspec.structs.replace(entry, body=body)
+            now = time.time()
+            entry = believed(entry, resident, now, fleet.settings.max_body_size)
+        except Rejected as exc:
+            logger.debug("an entry from a peer was not believed: %s", exc)
+            fleet.stats.add("rejected")
+            return None
+        for stored in held:
+            same = stored.entry.identity == entry.identity and stored.entry.digest == entry.digest
+            if same and stored.entry.selecting == entry.selecting and stored.entry.age(now) <= entry.age(now) + 1:
+                return stored  # it has come by another way already
+        fleet.stats.add("received")
+        return await fleet.in_worker(partial(fleet.store.save, entry))
+
+    def _tell(self, told: Told[Asker]) -> None:
+        for _, asker, tidings in told:
+            asker.tell(tidings)
+
+    # Members come and go
+
+    def lost(self, peer_id: ID) -> None:
+        """A member is gone: what it was fetching passes to the first who waits."""
+        self._tell(self._claims.forget(lambda asker: asker.peer_id == peer_id, trio.current_time()))
+
+    def expire(self) -> None:
+        """Claims whose end has come pass on."""
+        now = trio.current_time()
+        self._tell(self._claims.expire(now))
+        self._fetching = {claim: held for claim, held in self._fetching.items() if held[1] > now}
+
+    def waited_for(self) -> set[ID]:
+        """Members that somebody waits for: homes that owe us an answer, and those who fetch for us for a second."""
+        soon = trio.current_time() + self._fleet.settings.claim_timeout - 1.0
+        return {*self._waiting_at.values(), *(asker.peer_id for asker in self._claims.holders(soon))}
+
+    def fetching(self) -> list[tuple[bytes, int, float]]:
+        """The fleet's claims that this node has: claim key, id, seconds left."""
+        now = trio.current_time()
+        return [(claim, id_, ends - now) for claim, (id_, ends) in self._fetching.items() if ends > now][:1000]
+
+    def told(self, peer_id: ID, said: Inventory) -> None:
+        """What a member holds and fetches: we may be the home of it now."""
+        now = trio.current_time()
+        for key in said.holds:
+            self._hints[key] = peer_id
+            self._hints.move_to_end(key)
+        while len(self._hints) > MAX_HINTS:
+            self._hints.popitem(last=False)
+        for claim, id_, left in said.fetching:
+            question = Question(key=bytes(32), claim=claim, method="", identity="", selecting={})
+            life = min(left, self._fleet.settings.claim_timeout)
+            self._claims.adopt(claim, Asker(peer_id, 0, question, _nobody), now + life, id_)
+
+
+EMPTY = hashlib.sha256(b"").digest()[:16]
+
+
+def _nobody(tidings: Tidings) -> None:
+    """A claimant has nothing to be told."""

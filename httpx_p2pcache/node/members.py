@@ -1,0 +1,203 @@
+"""Members: the peers that have been admitted, and the one long-lived stream to each."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+from libp2p.peer.id import ID
+
+from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.node.protocol import (
+    ANSWERS,
+    Answering,
+    Introduce,
+    Message,
+    Ping,
+    pack,
+    read_frame,
+    unpack,
+)
+
+logger = logging.getLogger("httpx_p2pcache")
+
+WRITE_SECONDS = 5.0  # a peer that does not read for so long is gone
+CALLS_AT_ONCE = 128  # of one peer's that we work on at a time; more wait in its stream
+
+
+class Link:
+    """One admitted stream: frames both ways, many calls in flight. Everything runs in the node's loop.
+
+    ``send`` and ``call`` raise OSError when the peer is gone or does not answer in time.
+    """
+
+    def __init__(self, stream: Any, peer_id: ID, limit: int) -> None:
+        self._stream = stream
+        self._limit = limit
+        self._writing = trio.Lock()
+        self._calls = itertools.count(1)
+        self._pending: dict[int, trio.MemorySendChannel[Answering]] = {}
+        self.peer_id = peer_id
+        self.closed = trio.Event()
+        self.introduced = trio.Event()
+        self.heard = trio.current_time()
+
+    async def send(self, frame: Any) -> None:
+        """Write one frame; whole or, when it takes too long, not at all and the link is closed."""
+        if self.closed.is_set():
+            raise OSError("the link is closed")
+        data = pack(frame)
+        try:
+            with trio.fail_after(WRITE_SECONDS):
+                async with self._writing:
+                    # A frame cut short by a cancellation would garble all that follow.
+                    with trio.CancelScope(shield=True), trio.fail_after(WRITE_SECONDS):
+                        await self._stream.write(data)
+        except Exception as exc:
+            await self.close()
+            raise OSError("the peer is gone") from exc
+
+    def open_call(self) -> Pending:
+        """A call to be sent with the number it has, and whose answers it receives."""
+        send, receive = trio.open_memory_channel[Answering](2)
+        number = next(self._calls)
+        self._pending[number] = send
+        return Pending(self, number, receive)
+
+    async def call(self, build: Callable[[int], Any], timeout: float) -> Answering:
+        """Send what ``build`` makes of the call's number, and receive its answer."""
+        with self.open_call() as pending:
+            with trio.move_on_after(timeout):
+                await self.send(build(pending.number))
+                return await pending.receive(timeout)
+            raise OSError("no answer in time")
+
+    async def ping(self, timeout: float) -> float:
+        """The round trip in seconds."""
+        started = trio.current_time()
+        await self.call(Ping, timeout)
+        return trio.current_time() - started
+
+    async def serve(self, handle: Callable[[Link, Message], Awaitable[None]]) -> None:
+        """Read frames until the peer is gone or says something impossible; answers reach their calls."""
+        at_work = trio.Semaphore(CALLS_AT_ONCE)
+
+        async def work(message: Message) -> None:
+            try:
+                await handle(self, message)
+            except Exception as exc:  # most often it left before it could be answered
+                logger.debug("a member's %s was not served: %r", type(message).__name__, exc)
+            finally:
+                at_work.release()
+
+        async with trio.open_nursery() as nursery:
+            try:
+                while True:
+                    message = unpack(await read_frame(self._stream, self._limit))
+                    self.heard = trio.current_time()
+                    if isinstance(message, ANSWERS):
+                        self._answered(message)
+                        continue
+                    if isinstance(message, Introduce):  # what is said after it depends on it
+                        await handle(self, message)
+                        continue
+                    await at_work.acquire()
+                    nursery.start_soon(work, message)
+            except Exception as exc:  # the end of the stream, or something that is no frame of ours
+                logger.debug("a member is gone: %r", exc)
+            finally:
+                nursery.cancel_scope.cancel()
+                await self.close()
+
+    def _answered(self, answer: Answering) -> None:
+        channel = self._pending.get(answer.call)
+        if channel is not None:  # else nobody waits any longer
+            try:
+                channel.send_nowait(answer)
+            except trio.WouldBlock:
+                raise Rejected("more answers than a call can have") from None
+
+    def forget(self, number: int) -> None:
+        channel = self._pending.pop(number, None)
+        if channel is not None:
+            channel.close()
+
+    async def close(self) -> None:
+        """Everybody who waits for this peer is told that it is gone."""
+        if self.closed.is_set():
+            return
+        self.closed.set()
+        self.introduced.set()
+        for number in list(self._pending):
+            self.forget(number)
+        with trio.CancelScope(shield=True), trio.move_on_after(0.5):
+            try:
+                await self._stream.reset()
+            except Exception:  # noqa: S110 - it is being thrown away
+                pass
+
+
+class Pending:
+    """A call that has been numbered: receives one answer, or Wait and one more."""
+
+    def __init__(self, link: Link, number: int, answers: trio.MemoryReceiveChannel[Answering]) -> None:
+        self._link = link
+        self._answers = answers
+        self.number = number
+
+    async def receive(self, timeout: float) -> Answering:
+        """The next answer. Raises OSError when the peer is gone or ``timeout`` seconds have passed."""
+        with trio.move_on_after(timeout):
+            try:
+                return await self._answers.receive()
+            except (trio.EndOfChannel, trio.ClosedResourceError):
+                raise OSError("the peer is gone") from None
+        raise OSError("no answer in time")
+
+    def close(self) -> None:
+        self._link.forget(self.number)
+        self._answers.close()
+
+    def __enter__(self) -> Pending:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass
+class Member:
+    """A peer that has been admitted and is connected."""
+
+    peer_id: ID
+    how: str  # found by: "bootstrap", "registry", "peers", or "inbound"
+    addresses: list[str]
+    links: list[Link] = field(default_factory=list)
+    since: float = field(default_factory=time.time)
+    rtt: float | None = None
+    ready: bool = False  # it knows the others, and is home to its keys
+    suspect: bool = False  # it has not answered in time: not asked again until it is heard of
+
+    @property
+    def link(self) -> Link:
+        """The link to use: the oldest that is open, so that frames stay in order."""
+        return self.links[0]
+
+    def heard(self) -> float:
+        """When it was last heard of, in the loop's time."""
+        return max(link.heard for link in self.links)
+
+    def describe(self) -> dict[str, object]:
+        """As ``status`` shows it: plain values, the round trip in milliseconds."""
+        return {
+            "peer_id": str(self.peer_id),
+            "addresses": self.addresses,
+            "how": self.how,
+            "rtt_ms": None if self.rtt is None else round(self.rtt * 1000, 2),
+            "connected_for": round(time.time() - self.since, 1),
+        }

@@ -1,0 +1,257 @@
+"""What two nodes say to each other: frames, drawn once.
+
+Every frame is a 4-byte big-endian length and that many bytes of msgpack, an array whose first item names its kind::
+
+    length u32 | ["ask", call, question, forwarded]
+
+One stream of protocol :data:`PROTOCOL_ID` joins two members for as long as they are connected; it carries frames both
+ways, with many calls in flight. It begins with admission, in which nothing longer than 256 bytes is read::
+
+    dialler                                     listener
+    Hello(version, nonce a)            ──────>
+                                       <──────  Hello(version, nonce b)
+    Proof(mac of "dialler")            ──────>  checked in constant time, else the stream is reset
+                                       <──────  Proof(mac of "listener"), checked likewise
+
+    mac(role) = HMAC-SHA256(admission key, role | dialler's peer ID | listener's peer ID | nonce a | nonce b)
+
+Both peer IDs are those that Noise has authenticated: a proof cannot be passed on by somebody in between.
+After it each side says :class:`Introduce`, and then calls the other; :class:`Ready` is its first call.
+``call`` is the caller's number for a call, and an answer bears the number of its call. ``resident`` is for how many
+seconds the sender has held what it sends.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Annotated, Protocol, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from httpx_p2pcache.claims import Verdict
+from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.network import ClaimKey, Key, Question
+
+PROTOCOL_ID = "/httpx-p2pcache/1"
+VERSION = 1
+ADMISSION_FRAME = 256  # bytes: all that is read from somebody who is not admitted
+FRAME_OVERHEAD = 64 * 1024  # what a frame may be longer than the largest body
+
+Call = Annotated[int, Meta(ge=0, le=2**53)]
+Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Seconds = Annotated[float, Meta(ge=0, le=31_536_000)]
+Address = Annotated[str, Meta(max_length=256)]
+PeerBytes = Annotated[bytes, Meta(min_length=2, max_length=64)]
+
+
+class _Frame(msgspec.Struct, array_like=True, tag=str.lower):
+    pass
+
+
+class Hello(_Frame):
+    version: int
+    nonce: Nonce
+
+
+class Proof(_Frame):
+    mac: Nonce
+
+
+class Introduce(_Frame):
+    """Who I am and whom I know."""
+
+    addresses: Annotated[list[Address], Meta(max_length=16)]
+    host: Annotated[str, Meta(max_length=256)]
+    members: Annotated[list[tuple[PeerBytes, list[Address]]], Meta(max_length=1000)]
+
+
+class Ready(_Frame):
+    """I know everybody whom I could find: from now on I am a home. Answered with Inventory."""
+
+    call: Call
+
+
+class Inventory(_Frame):
+    """To me you are a home now. I hold these cache keys, and fetch these claims (claim, id, seconds left)."""
+
+    call: Call
+    holds: Annotated[list[Key], Meta(max_length=1000)]
+    fetching: Annotated[list[tuple[ClaimKey, int, Seconds]], Meta(max_length=1000)]
+
+
+class Ask(_Frame):
+    """Answered with Found, Granted, Nothing, or with Wait and later one of the others. ``forwarded``: never Wait."""
+
+    call: Call
+    question: Question
+    forwarded: bool = False
+
+
+class Found(_Frame):
+    call: Call
+    sealed: bytes
+    resident: Seconds
+
+
+class Granted(_Frame):
+    """The claim ``id`` is yours; ``sealed`` a stale entry worth validating, b"" for none."""
+
+    call: Call
+    id: int
+    sealed: bytes
+    resident: Seconds
+
+
+class Wait(_Frame):
+    call: Call
+
+
+class Nothing(_Frame):
+    call: Call
+
+
+class Publish(_Frame):
+    """To the home: an entry that ends a claim. Answered with Published: who has been served, and whether it is held."""
+
+    call: Call
+    key: Key
+    claim: ClaimKey
+    sealed: bytes
+    resident: Seconds
+
+
+class Published(_Frame):
+    call: Call
+    served: Annotated[list[PeerBytes], Meta(max_length=1000)]
+    held: bool
+
+
+class Push(_Frame):
+    """To everybody else: an entry that they may want."""
+
+    key: Key
+    claim: ClaimKey
+    sealed: bytes
+    resident: Seconds
+
+
+class Release(_Frame):
+    claim: ClaimKey
+    id: int
+    verdict: Verdict
+
+
+class Invalidate(_Frame):
+    """These keys were written to. Answered with Done once nothing older is served any more."""
+
+    call: Call
+    keys: Annotated[list[Key], Meta(max_length=100)]
+
+
+class Done(_Frame):
+    call: Call
+
+
+class Ping(_Frame):
+    call: Call
+
+
+Message = (
+    Introduce
+    | Ready
+    | Inventory
+    | Ask
+    | Found
+    | Granted
+    | Wait
+    | Nothing
+    | Publish
+    | Published
+    | Push
+    | Release
+    | Invalidate
+    | Done
+    | Ping
+)
+Answering = Inventory | Found | Granted | Wait | Nothing | Published | Done
+ANSWERS = (Inventory, Found, Granted, Wait, Nothing, Published, Done)
+
+_MESSAGES = msgspec.msgpack.Decoder(Message)
+_HELLO = msgspec.msgpack.Decoder(Hello)
+_PROOF = msgspec.msgpack.Decoder(Proof)
+_ENCODER = msgspec.msgpack.Encoder()
+_Decoded = TypeVar("_Decoded")
+
+
+class ByteStream(Protocol):
+    """What frames are read from and written to: libp2p's stream, or one in memory."""
+
+    async def read(self, n: int | None = None) -> bytes: ...
+
+    async def write(self, data: bytes) -> None: ...
+
+
+def pack(frame: _Frame) -> bytes:
+    """A frame's bytes with their length in front."""
+    body = _ENCODER.encode(frame)
+    return len(body).to_bytes(4, "big") + body
+
+
+def unpack(body: bytes) -> Message:
+    """A member's frame. Raises :class:`Rejected`."""
+    message: Message = _decoded(_MESSAGES, body)
+    return message
+
+
+async def read_frame(stream: ByteStream, limit: int) -> bytes:
+    """The next frame's bytes. Raises EOFError at the end of the stream, :class:`Rejected` beyond ``limit`` bytes."""
+    length = int.from_bytes(await _read_exactly(stream, 4), "big")
+    if not 0 < length <= limit:
+        raise Rejected(f"a frame of {length} bytes, where 1 to {limit} are allowed")
+    return await _read_exactly(stream, length)
+
+
+async def admit(
+    stream: ByteStream, key: bytes, *, dialler: bytes, listener: bytes, dialled: bool, nonce: bytes
+) -> None:
+    """Prove to each other that both hold the fleet's secret; ``dialled`` says which of the two we are.
+
+    Raises :class:`Rejected` or EOFError; the caller sets the deadline and resets the stream.
+    """
+    await stream.write(pack(Hello(VERSION, nonce)))
+    hello = _decoded(_HELLO, await read_frame(stream, ADMISSION_FRAME))
+    if hello.version != VERSION:
+        raise Rejected(f"the peer speaks version {hello.version}, we speak {VERSION}")
+    nonces = nonce + hello.nonce if dialled else hello.nonce + nonce
+    bound = len(dialler).to_bytes(2, "big") + dialler + listener + nonces
+
+    def mac(role: bytes) -> bytes:
+        return hmac.digest(key, role + b"|" + bound, "sha256")
+
+    ours, theirs = (b"dialler", b"listener") if dialled else (b"listener", b"dialler")
+    if dialled:  # the dialler proves first: a stranger who connects learns nothing to guess a secret from
+        await stream.write(pack(Proof(mac(ours))))
+    proof = _decoded(_PROOF, await read_frame(stream, ADMISSION_FRAME))
+    if not hmac.compare_digest(proof.mac, mac(theirs)):
+        raise Rejected("the peer does not hold the fleet's secret")
+    if not dialled:
+        await stream.write(pack(Proof(mac(ours))))
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[_Decoded], body: bytes) -> _Decoded:
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise Rejected("a frame that is none of this protocol's") from exc
+
+
+async def _read_exactly(stream: ByteStream, length: int) -> bytes:
+    # Our own loop: py-libp2p's read_exactly gives up after about a hundred reads (7 MB).
+    parts = bytearray()
+    while len(parts) < length:
+        part = await stream.read(length - len(parts))
+        if not part:
+            raise EOFError
+        parts += part
+    return bytes(parts)

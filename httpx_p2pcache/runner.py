@@ -1,0 +1,124 @@
+"""What all transports of a process with the same settings share: one store, one node, one set of flights.
+
+Two clients in one process are one runner. The last of them to close ends the node; interpreter exit ends it as well.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+
+from httpx_p2pcache.entries import Keyring
+from httpx_p2pcache.exchange import Exchange
+from httpx_p2pcache.github import GitHub
+from httpx_p2pcache.network import NoPeers, PeerNetwork
+from httpx_p2pcache.settings import Settings
+from httpx_p2pcache.stats import Stats, summary
+from httpx_p2pcache.store import Store, local_secret
+
+logger = logging.getLogger("httpx_p2pcache")
+
+_lock = threading.Lock()
+_running: dict[Settings, tuple[Exchange, int]] = {}
+_finished = Stats()  # what closed runners of this process have counted
+_said: set[str] = set()
+
+
+def acquire(settings: Settings) -> Exchange:
+    """The runner for ``settings``, started if this is its first user; to be given back with :func:`release`."""
+    with _lock:
+        exchange, users = _running.get(settings) or (_start(settings), 0)
+        _running[settings] = exchange, users + 1
+        return exchange
+
+
+def release(exchange: Exchange) -> None:
+    """One user less; the last one closes the node and the store. Returns within two seconds."""
+    with _lock:
+        found = _running.get(exchange.settings)
+        if found is None or found[0] is not exchange:
+            return
+        if found[1] > 1:
+            _running[exchange.settings] = exchange, found[1] - 1
+            return
+        del _running[exchange.settings]
+    _finish(exchange)
+
+
+def say_once(message: str, *values: object) -> None:
+    """A warning that a process gives once, however many transports it has."""
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message, *values)
+
+
+def get_stats() -> dict[str, object]:
+    """What this process has counted, over all its transports: the counters of ``docs/statistics``, and the fleet.
+
+    Keys: those of ``stats.COUNTERS`` (whole numbers), ``hits``, ``misses``, ``total_requests``, ``api_calls_saved``,
+    ``api_calls_made``, ``hit_rate`` (0 to 1), ``connected_peers``, ``peer_id``, ``p2p_enabled``, ``cache_size``
+    (entries), ``total_size_bytes``, ``cache_dir``.
+    """
+    with _lock:
+        described = [exchange.describe() for exchange, _ in _running.values()]
+    counts = _finished.snapshot()
+    whole: dict[str, object] = {"p2p_enabled": False, "peer_id": None, "connected_peers": 0, "cache_dir": None}
+    for one in described:
+        for name in counts:
+            counts[name] += one[name]  # type: ignore[operator] # counters are whole numbers
+        if one["p2p_enabled"] or not whole["p2p_enabled"]:
+            whole |= {name: one[name] for name in whole}
+    for name in ("cache_size", "total_size_bytes"):
+        whole[name] = sum(one[name] for one in described)  # type: ignore[misc] # so are sizes
+    return {**summary(counts), **whole}
+
+
+def _start(settings: Settings) -> Exchange:
+    secret = settings.shared_secret.encode() or local_secret(settings.dir)
+    keyring = Keyring(secret, settings.fleet)
+    stats = Stats()
+    github = GitHub(settings, stats)
+    store = Store(settings.dir, max_size=settings.max_size, default_ttl=settings.default_ttl, any_coding=github.follows)
+    return Exchange(settings, store, keyring, stats, _network(settings, store, keyring, stats), github)
+
+
+def _network(settings: Settings, store: Store, keyring: Keyring, stats: Stats) -> PeerNetwork:
+    if not settings.enable_p2p or settings.node == "none":
+        say_once("sharing with other runners is off: set CACHE_ENABLE_P2P=true (and not CACHE_NODE=none) to share")
+        return NoPeers()
+    if not settings.shared_secret:
+        say_once("sharing with other runners is off, as there is no secret: set CACHE_SHARED_SECRET (or GITHUB_TOKEN)")
+        return NoPeers()
+    from httpx_p2pcache.node import start  # neither libp2p nor trio is imported by this
+
+    return start(settings, store, keyring, stats, say_once)
+
+
+def _finish(exchange: Exchange) -> None:
+    exchange.network.close()
+    for name, count in exchange.stats.snapshot().items():
+        _finished.add(name, count)
+    exchange.store.close()
+
+
+def _finish_all() -> None:
+    with _lock:
+        exchanges = [exchange for exchange, _ in _running.values()]
+        _running.clear()
+    for exchange in exchanges:
+        _finish(exchange)
+
+
+def _after_fork() -> None:
+    """The parent's node lives on in the parent alone; the child goes on with its local cache."""
+    global _lock
+    _lock = threading.Lock()
+    for exchange, _ in _running.values():
+        exchange.after_fork()
+
+
+atexit.register(_finish_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

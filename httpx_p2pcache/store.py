@@ -1,0 +1,397 @@
+"""The runner's store: a memory layer over hishel's SQLite file, shared by every process of the runner.
+
+The memory layer holds what was read or written last, decoded and with its decisions prepared. It is valid only while
+SQLite's ``data_version`` is unchanged, which says in 4 µs whether another process has written; then it is emptied.
+
+What hishel stores for us: the request's selecting fields instead of its header, and beside the response's exact fields
+one whose name no field can have, ``:p2pcache``, with identity, initial age, time of receipt and the body's digest.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import sqlite3
+import threading
+import time
+import uuid
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+import hishel
+from hishel import Headers, SqliteStorage
+
+from httpx_p2pcache.entries import Entry, body_digest, cache_key, is_credential
+from httpx_p2pcache.freshness import directives, lifetime, vary_names
+
+logger = logging.getLogger("httpx_p2pcache")
+
+MEMORY_BYTES = 64 * 1024**2  # bodies kept decoded in memory, for all URLs of one store
+TOMBSTONE_SECONDS = 3600.0  # how long an invalidation outlives a publication that was on its way
+_FILE = "p2pcache-v1.db"
+_META = ":p2pcache"
+
+
+class Stored:
+    """An entry at rest, with what a hit needs prepared: nothing is parsed again while it stays in memory."""
+
+    __slots__ = ("codings", "control", "entry", "fresh_for", "id", "raw_headers", "reusable", "vary")
+
+    def __init__(self, id_: uuid.UUID, entry: Entry, default_ttl: float, any_coding: bool) -> None:
+        self.id = id_
+        self.entry = entry
+        self.control = directives(entry.headers)
+        fresh_for = lifetime(entry, default_ttl)
+        # Whole seconds, as hishel's machine counts them.
+        self.fresh_for = math.floor(fresh_for) if fresh_for is not None else 0
+        names = vary_names(entry.headers)
+        self.vary = [
+            (name, entry.selecting.get(name)) for name in names if not (any_coding and name == "accept-encoding")
+        ]
+        self.codings = (entry.first("content-encoding") or "").lower() if any_coding else ""
+        self.reusable = self.control.get("no-cache", "") is not None and "*" not in names
+        self.raw_headers = [
+            (name.encode("latin-1"), line.encode("latin-1"))
+            for name, lines in entry.headers.items()
+            if name != "age"
+            for line in lines
+        ]
+
+    def matches(self, method: str, value_of: Callable[[str], str | None], *, any_identity: bool = False) -> bool:
+        """Whether a request selects this representation (RFC 9111 §4 and §4.1); ``*`` never matches.
+
+        ``value_of`` gives the request's fields as :meth:`Keyring.selecting_value` does. With ``any_identity`` the
+        fields that say who asks may differ.
+        """
+        if self.entry.method != method or (self.codings and not _accepts(value_of("accept-encoding"), self.codings)):
+            return False
+        return all(
+            name != "*" and (value_of(name) == value or (any_identity and is_credential(name)))
+            for name, value in self.vary
+        )
+
+    def fresh(self, now: float) -> bool:
+        """Whether it may be used without validation by a request that asks nothing special of a cache."""
+        return self.reusable and math.ceil(self.entry.age(now)) < self.fresh_for
+
+
+class Store:
+    """Entries by cache key. Every method is thread-safe and may touch the disk, except :meth:`peek`.
+
+    ``any_coding`` says of a URL that clients which differ in ``Accept-Encoding`` share its entries where they can.
+
+    A store that cannot be used (a directory that cannot be written, a foreign file) is replaced by one in memory, and
+    that is said once; a damaged file is moved aside first.
+    """
+
+    def __init__(
+        self, directory: Path, *, max_size: int, default_ttl: float, any_coding: Callable[[str], bool] = lambda _: False
+    ) -> None:
+        self._any_coding = any_coding
+        self._directory = directory
+        self._max_size = max_size
+        self._default_ttl = default_ttl
+        self._lock = threading.RLock()
+        self._storage: SqliteStorage | None = None
+        self._connection: sqlite3.Connection | None = None
+        self._version = -1
+        self._memory: OrderedDict[bytes, list[Stored]] = OrderedDict()
+        self._memory_bytes = 0
+        self._tombstones: OrderedDict[bytes, float] = OrderedDict()
+        _stores.add(self)
+
+    def peek(self, key: bytes) -> list[Stored] | None:
+        """What memory holds for a key, if it is still what SQLite holds; None if it has to be loaded."""
+        with self._lock:
+            connection = self._connection
+            if connection is None:
+                return None
+            try:
+                (version,) = connection.execute("PRAGMA data_version").fetchone()
+            except sqlite3.Error:
+                return None
+            if version != self._version:
+                self._version = version
+                self._memory.clear()
+                self._memory_bytes = 0
+                return None
+            found = self._memory.get(key)
+            if found is not None:
+                self._memory.move_to_end(key)
+            return found
+
+    def load(self, key: bytes) -> list[Stored]:
+        """All entries of a cache key, of every identity; from memory where that is valid."""
+        found = self.peek(key)
+        if found is not None:
+            return found
+        storage = self._open()
+        before = self._version
+        found = []
+        for row in storage.get_entries(key.hex()):
+            try:
+                found.append(self._prepared(row.id, _from_hishel(row)))
+            except (RuntimeError, sqlite3.Error, KeyError, ValueError):  # evicted under us, or not ours
+                storage.remove_entry(row.id)
+        with self._lock:
+            if self._version == before:
+                self._remember(key, found)
+        return found
+
+    def save(self, entry: Entry, *, since: float | None = None) -> Stored | None:
+        """Store an entry in the place of its predecessor; None if its URL was invalidated after ``since``.
+
+        ``since`` is when the origin was asked, if that is known, else when the response was received.
+        """
+        key = cache_key(entry.url)
+        if self._tombstones.get(key, 0.0) >= (entry.received if since is None else since):
+            return None
+        storage = self._open()
+        with self._lock:
+            replaced = [s for s in self.load(key) if _same_place(s.entry, entry)]
+            request, response = _to_hishel(entry)
+            created = storage.create_entry(request, response, key.hex())
+            stream = created.response.stream
+            assert isinstance(stream, Iterator)
+            for _ in stream:  # reading it to its end is what saves it
+                pass
+            stored = self._prepared(created.id, entry)
+            for old in replaced:
+                storage.remove_entry(old.id)
+            kept = [s for s in self._memory.get(key, ()) if s not in replaced]
+            self._remember(key, [*kept, stored])
+        return stored
+
+    def refresh(self, stored: Stored, entry: Entry) -> Stored:
+        """Give a stored entry the fields and times of ``entry``, whose body is the same (RFC 9111 §3.2)."""
+        storage = self._open()
+        key = cache_key(entry.url)
+        with self._lock:
+            _, response = _to_hishel(entry)
+            storage.update_headers(stored.id, response.headers)
+            fresh = self._prepared(stored.id, entry)
+            kept = [s for s in self._memory.get(key, ()) if s.id != stored.id]
+            self._remember(key, [*kept, fresh])
+        return fresh
+
+    def remove(self, key: bytes, ids: Collection[uuid.UUID]) -> None:
+        """Remove single entries of a key."""
+        storage = self._open()
+        with self._lock:
+            for id_ in ids:
+                storage.remove_entry(id_)
+            if key in self._memory:
+                self._remember(key, [s for s in self._memory[key] if s.id not in ids])
+
+    def invalidate(self, keys: list[bytes]) -> None:
+        """Remove every entry of these keys, whoever's (RFC 9111 §4.4), and refuse older ones that still arrive."""
+        storage = self._open()
+        now = time.time()
+        with self._lock:
+            for key in keys:
+                for stored in self.load(key):
+                    storage.remove_entry(stored.id)
+                self._remember(key, [])
+                self._tombstones[key] = now
+                self._tombstones.move_to_end(key)
+            while self._tombstones and next(iter(self._tombstones.values())) < now - TOMBSTONE_SECONDS:
+                self._tombstones.popitem(last=False)
+
+    def keys(self, limit: int) -> list[bytes]:
+        """The cache keys of up to ``limit`` entries, the latest used first."""
+        self._open()
+        with self._lock:
+            assert self._connection is not None
+            rows = self._connection.execute(
+                "SELECT DISTINCT cache_key FROM entries WHERE chunk_count IS NOT NULL AND expires_at IS NULL"
+                " ORDER BY last_accessed_at DESC LIMIT ?",
+                (limit,),
+            ).fetchall()
+        return [bytes.fromhex(bytes(row[0]).decode()) for row in rows]
+
+    def size(self) -> tuple[int, int]:
+        """Number of entries, and bytes of the database."""
+        self._open()
+        with self._lock:
+            assert self._connection is not None
+            (entries,) = self._connection.execute(
+                "SELECT count(*) FROM entries WHERE chunk_count IS NOT NULL AND expires_at IS NULL"
+            ).fetchone()
+            (used,) = self._connection.execute(
+                "SELECT (page_count - freelist_count) * page_size"
+                " FROM pragma_page_count(), pragma_freelist_count(), pragma_page_size()"
+            ).fetchone()
+        return int(entries), int(used)
+
+    def close(self) -> None:
+        """Close the file. A later call opens it again."""
+        with self._lock:
+            if self._storage is not None:
+                self._storage.close()
+            self._storage = self._connection = None
+            self._version = -1
+            self._memory.clear()
+            self._memory_bytes = 0
+
+    def _prepared(self, id_: uuid.UUID, entry: Entry) -> Stored:
+        return Stored(id_, entry, self._default_ttl, self._any_coding(entry.url))
+
+    def _remember(self, key: bytes, found: list[Stored]) -> None:
+        self._memory_bytes -= sum(len(s.entry.body) for s in self._memory.pop(key, ()))
+        self._memory[key] = found
+        self._memory_bytes += sum(len(s.entry.body) for s in found)
+        while self._memory_bytes > MEMORY_BYTES and len(self._memory) > 1:
+            _, dropped = self._memory.popitem(last=False)
+            self._memory_bytes -= sum(len(s.entry.body) for s in dropped)
+
+    def _open(self) -> SqliteStorage:
+        with self._lock:
+            if self._storage is not None:
+                return self._storage
+            try:
+                self._use(_connect(self._directory))
+            except (sqlite3.DatabaseError, RuntimeError) as exc:
+                if isinstance(exc, sqlite3.OperationalError) or not self._move_aside():
+                    self._use_memory(exc)
+                else:
+                    self._use(_connect(self._directory))
+            except OSError as exc:
+                self._use_memory(exc)
+            assert self._storage is not None
+            return self._storage
+
+    def _use(self, connection: sqlite3.Connection) -> None:
+        storage = SqliteStorage(connection=connection, max_size=self._max_size or None)
+        connection.execute("PRAGMA schema_version").fetchone()  # a damaged file shows itself here
+        with storage._lock:  # the schema is made now: hishel would make it in the middle of a look-up
+            storage._ensure_connection()
+        self._storage, self._connection = storage, connection
+        (self._version,) = connection.execute("PRAGMA data_version").fetchone()
+
+    def _use_memory(self, exc: Exception) -> None:
+        logger.warning(
+            "CACHE_DIR %s cannot be used (%s): entries are kept in memory for this process only. "
+            "Set CACHE_DIR to a directory you can write.",
+            self._directory,
+            exc,
+        )
+        self._use(sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None))
+
+    def _move_aside(self) -> bool:
+        path = self._directory / _FILE
+        aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
+        try:
+            for suffix in ("-wal", "-shm"):
+                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            path.rename(aside)
+        except OSError:
+            return False
+        logger.warning("the store %s could not be read: it was moved to %s, and begins anew", path, aside.name)
+        return True
+
+    def _forget_after_fork(self) -> None:
+        # SQLite's connections must not cross a fork, not even to be closed: they are kept, unused, for ever.
+        _abandoned.append((self._storage, self._connection))
+        self._lock = threading.RLock()
+        self._storage = self._connection = None
+        self._memory = OrderedDict()
+        self._memory_bytes = 0
+
+
+_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+_abandoned: list[object] = []
+
+
+def _after_fork() -> None:
+    for store in list(_stores):
+        store._forget_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def local_secret(directory: Path) -> bytes:
+    """32 random bytes that this runner keeps for itself, for identities where there is no fleet's secret."""
+    path = directory / "local.key"
+    try:
+        _private_directory(directory)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            pass
+        else:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(secrets.token_bytes(32))
+        found = path.read_bytes()
+        if len(found) == 32:
+            return found
+    except OSError:
+        pass
+    return secrets.token_bytes(32)  # a store in memory needs no more than a process's own
+
+
+def _private_directory(directory: Path) -> None:
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if directory.stat().st_uid == os.getuid() and directory.stat().st_mode & 0o077:
+        directory.chmod(0o700)
+
+
+def _connect(directory: Path) -> sqlite3.Connection:
+    _private_directory(directory)
+    path = directory / _FILE
+    # SQLite gives -wal and -shm the mode of the database itself.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600))
+    return sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5)
+
+
+def _accepts(accept_encoding: str | None, codings: str) -> bool:
+    """Whether a client that says ``accept_encoding`` takes these content codings (RFC 9110 §12.5.3)."""
+    offered: dict[str, bool] = {}
+    for member in (accept_encoding or "").lower().split(","):
+        name, _, weight = member.partition(";")
+        offered[name.strip()] = weight.replace(" ", "") not in ("q=0", "q=0.0", "q=0.00", "q=0.000")
+    return all(offered.get(coding.strip(), offered.get("*", False)) for coding in codings.split(","))
+
+
+def _same_place(old: Entry, new: Entry) -> bool:
+    """Whether ``new`` answers what ``old`` answered: it replaces it."""
+    return (old.method, old.identity, old.first("content-encoding")) == (
+        new.method,
+        new.identity,
+        new.first("content-encoding"),
+    ) and all(
+        old.selecting.get(name) == new.selecting.get(name)
+        for name in {*vary_names(old.headers), *vary_names(new.headers)}
+    )
+
+
+def _to_hishel(entry: Entry) -> tuple[hishel.Request, hishel.Response]:
+    meta = [entry.identity, repr(entry.initial_age), repr(entry.received)]
+    headers = Headers({**entry.headers, _META: meta})
+    request = hishel.Request(entry.method, entry.url, Headers(dict(entry.selecting)))
+    return request, hishel.Response(entry.status, headers, iter([entry.body]))
+
+
+def _from_hishel(row: hishel.Entry) -> Entry:
+    headers = {name: row.response.headers.get_list(name) or [] for name in row.response.headers}
+    identity, initial_age, received = headers.pop(_META)
+    stream = row.response.stream
+    assert isinstance(stream, Iterator)
+    body = b"".join(stream)
+    return Entry(
+        method=row.request.method,
+        url=row.request.url,
+        identity=identity,
+        selecting=dict(row.request.headers),
+        status=row.response.status_code,
+        headers=headers,
+        body=body,
+        digest=body_digest(body),
+        initial_age=float(initial_age),
+        received=float(received),
+    )

@@ -1,0 +1,335 @@
+"""The door: ``httpx.Client(transport=P2PCacheTransport())``, and the two pumps that drive a request's way."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeout  # the builtin one only from 3.11 on
+from typing import Any
+from urllib.request import getproxies, proxy_bypass
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import hishel
+import httpx
+from hishel import Headers
+
+from httpx_p2pcache import runner
+from httpx_p2pcache.exceptions import ConfigurationError
+from httpx_p2pcache.exchange import Answer, Effect, Keep, Reply, Run, Send, Wait, Way
+from httpx_p2pcache.settings import Settings
+
+
+class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
+    """An RFC 9111 cache that shares with the fleet; for ``httpx.Client`` and ``httpx.AsyncClient`` alike.
+
+    ``next_transport`` reaches the origin (default: httpx's own, with the proxies of the environment); it must be of the
+    client's kind, sync or async, else :class:`ConfigurationError` (a ``TypeError``) is raised at the first request.
+    ``settings`` default to the environment's; :class:`SettingsError` is raised for a value that cannot be used.
+
+    Every response carries ``Cache-Status`` (RFC 9211), and in ``extensions["caching"]`` what hishel puts there
+    (``from_cache``, ``revalidated``, ``stored``) with ``source``: "local", "peer" or "origin".
+
+    Constructing it starts the node in the background and waits for nothing. ``close`` and ``aclose`` are idempotent,
+    close ``next_transport`` as well, and return within two seconds.
+    """
+
+    def __init__(
+        self,
+        next_transport: httpx.BaseTransport | httpx.AsyncBaseTransport | None = None,
+        *,
+        settings: Settings | None = None,
+    ) -> None:
+        self.settings = Settings.from_env() if settings is None else settings
+        self.next_transport = next_transport
+        self._origins = _Origins() if next_transport is None else None
+        self._exchange = runner.acquire(self.settings)
+
+    def __repr__(self) -> str:
+        return f"<P2PCacheTransport dir={str(self.settings.dir)!r} p2p={self._exchange.network.active}>"
+
+    def stats(self) -> dict[str, object]:
+        """The counters of this transport's runner, and the state of its node; see :func:`httpx_p2pcache.get_stats`."""
+        return self._exchange.describe()
+
+    def wait_until_joined(self, timeout: float = 10.0) -> bool:
+        """Wait until the node has reached the peers it knows; false if it has not in ``timeout`` seconds.
+
+        Nobody needs to call this. It is for scripts that want to share from their first request on.
+        """
+        return _wait_for(self._exchange.network.joined(), timeout) is not _NOT_IN_TIME
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        asked = _asked(request)
+        answer = self._exchange.hit(asked)
+        if answer is None:
+            answer = self._pump(self._exchange.way(asked), request)
+        return _response(answer, request, _KeptStream)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        asked = _asked(request)
+        answer = self._exchange.hit(asked)
+        if answer is None:
+            answer = await self._async_pump(self._exchange.way(asked), request)
+        return _response(answer, request, _AsyncKeptStream)
+
+    def _pump(self, way: Way, request: httpx.Request) -> Answer:
+        def perform(effect: Effect) -> Any:
+            if isinstance(effect, Run):
+                return effect.func()
+            if isinstance(effect, Wait):
+                found = _wait_for(effect.future, effect.seconds)
+                return None if found is _NOT_IN_TIME else found
+            if isinstance(effect, Send):
+                return _reply(self._sync_origin(request.url).handle_request(_with(request, effect.added)))
+            response: httpx.Response = effect.reply.native
+            response.read()
+            return response.close()
+
+        try:
+            effect = next(way)
+            while True:
+                try:
+                    result = perform(effect)
+                except BaseException as exc:
+                    effect = way.throw(exc)
+                else:
+                    effect = way.send(result)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return] # a generator's return value is not typed here
+
+    async def _async_pump(self, way: Way, request: httpx.Request) -> Answer:
+        async def perform(effect: Effect) -> Any:
+            if isinstance(effect, Run):
+                return await anyio.to_thread.run_sync(effect.func)
+            if isinstance(effect, Wait):
+                return await _async_wait_for(effect.future, effect.seconds)
+            if isinstance(effect, Send):
+                origin = self._async_origin(request.url)
+                return _reply(await origin.handle_async_request(_with(request, effect.added)))
+            response: httpx.Response = effect.reply.native
+            await response.aread()
+            return await response.aclose()
+
+        try:
+            effect = next(way)
+            while True:
+                try:
+                    result = await perform(effect)
+                except BaseException as exc:
+                    effect = way.throw(exc)
+                else:
+                    effect = way.send(result)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return] # a generator's return value is not typed here
+
+    def _sync_origin(self, url: httpx.URL) -> httpx.BaseTransport:
+        origin = self._origins.sync_for(url) if self._origins is not None else self.next_transport
+        if not hasattr(origin, "handle_request"):
+            raise ConfigurationError(
+                f"httpx.Client needs a sync next_transport (one with handle_request), not {type(origin).__name__}"
+            )
+        return origin  # type: ignore[return-value] # the line above has made sure
+
+    def _async_origin(self, url: httpx.URL) -> httpx.AsyncBaseTransport:
+        origin = self._origins.async_for(url) if self._origins is not None else self.next_transport
+        if not hasattr(origin, "handle_async_request"):
+            raise ConfigurationError(
+                "httpx.AsyncClient needs an async next_transport (one with handle_async_request), "
+                f"not {type(origin).__name__}"
+            )
+        return origin  # type: ignore[return-value] # the line above has made sure
+
+    def close(self) -> None:
+        runner.release(self._exchange)
+        inner: Any = self._origins or self.next_transport
+        if hasattr(inner, "close"):
+            inner.close()
+
+    async def aclose(self) -> None:
+        await anyio.to_thread.run_sync(runner.release, self._exchange)
+        inner: Any = self._origins or self.next_transport
+        if hasattr(inner, "aclose"):
+            await inner.aclose()
+
+
+class _Origins:
+    """httpx's own transports, made when first needed: direct, and one per proxy of the environment.
+
+    An httpx client that is given a transport does not look at ``HTTP_PROXY`` and its kin; so we do. Loading the SSL
+    context takes 130 ms in which no other thread of the process runs, the node's included: so it begins at once.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sync: dict[str | None, httpx.HTTPTransport] = {}
+        self._async: dict[str | None, httpx.AsyncHTTPTransport] = {}
+        self._context: Future[ssl.SSLContext] = Future()
+        threading.Thread(target=self._load, name="p2pcache-ssl", daemon=True).start()
+
+    def _load(self) -> None:
+        try:
+            self._context.set_result(httpx.create_ssl_context())
+        except Exception as exc:  # a bad SSL_CERT_FILE: raised at the first request, as httpx would
+            self._context.set_exception(exc)
+
+    def sync_for(self, url: httpx.URL) -> httpx.HTTPTransport:
+        proxy = _proxy_for(url)
+        with self._lock:
+            if proxy not in self._sync:
+                self._sync[proxy] = httpx.HTTPTransport(verify=self._context.result(), proxy=proxy)
+            return self._sync[proxy]
+
+    def async_for(self, url: httpx.URL) -> httpx.AsyncHTTPTransport:
+        proxy = _proxy_for(url)
+        with self._lock:
+            if proxy not in self._async:
+                self._async[proxy] = httpx.AsyncHTTPTransport(verify=self._context.result(), proxy=proxy)
+            return self._async[proxy]
+
+    def close(self) -> None:
+        for transport in self._sync.values():
+            transport.close()
+
+    async def aclose(self) -> None:
+        for transport in self._async.values():
+            await transport.aclose()
+
+
+def _proxy_for(url: httpx.URL) -> str | None:
+    proxies = getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(url.host):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _asked(request: httpx.Request) -> hishel.Request:
+    """The request as the exchange sees it: no user information, no fragment, lines of one field kept apart."""
+    url = request.url
+    fields: dict[str, list[str]] = {}
+    for name, value in request.headers.raw:
+        fields.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+    target = f"{url.scheme}://{url.netloc.decode('ascii')}{url.raw_path.decode('ascii')}"
+    return hishel.Request(request.method, target, Headers(fields))
+
+
+def _with(request: httpx.Request, added: dict[str, str]) -> httpx.Request:
+    if not added:
+        return request
+    return httpx.Request(
+        request.method,
+        request.url,
+        headers=[*request.headers.raw, *((name.encode(), value.encode("latin-1")) for name, value in added.items())],
+        stream=request.stream,
+        extensions=request.extensions,
+    )
+
+
+def _reply(response: httpx.Response) -> Reply:
+    fields: dict[str, list[str]] = {}
+    for name, value in response.headers.raw:
+        fields.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+    return Reply(response.status_code, Headers(fields), response)
+
+
+def _response(answer: Answer, request: httpx.Request, kept: type[_KeptStream | _AsyncKeptStream]) -> httpx.Response:
+    cache_status = (b"cache-status", b"p2pcache; " + answer.cache_status.encode())
+    extensions: dict[str, Any] = {"caching": answer.caching}
+    if answer.stored is not None:
+        stored = answer.stored
+        return httpx.Response(
+            stored.entry.status,
+            headers=[*stored.raw_headers, (b"age", b"%d" % answer.age), cache_status],
+            stream=httpx.ByteStream(stored.entry.body if request.method != "HEAD" else b""),
+            extensions={"http_version": b"HTTP/1.1", **extensions},
+        )
+    if answer.reply is None:  # RFC 9111 §5.2.1.7
+        return httpx.Response(504, headers=[(b"content-length", b"0"), cache_status], extensions=extensions)
+    native: httpx.Response = answer.reply.native
+    stream = native.stream
+    return httpx.Response(
+        native.status_code,
+        headers=[*native.headers.raw, cache_status],
+        stream=stream if answer.keep is None else kept(stream, answer.keep),
+        extensions={**native.extensions, **extensions},
+    )
+
+
+class _KeptStream(httpx.SyncByteStream):
+    """The origin's body, saved as it is read."""
+
+    def __init__(self, stream: Any, keep: Keep) -> None:
+        self._stream = stream
+        self._keep = keep
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self._stream:
+            self._keep.feed(chunk)
+            yield chunk
+        self._keep.finish()
+
+    def close(self) -> None:
+        self._keep.abandon()
+        if hasattr(self._stream, "close"):
+            self._stream.close()
+
+
+class _AsyncKeptStream(httpx.AsyncByteStream):
+    """The same for an async client; what touches the disk runs in a worker thread."""
+
+    def __init__(self, stream: Any, keep: Keep) -> None:
+        self._stream = stream
+        self._keep = keep
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._stream:
+            self._keep.feed(chunk)
+            yield chunk
+        await anyio.to_thread.run_sync(self._keep.finish)
+
+    async def aclose(self) -> None:
+        self._keep.abandon()
+        if hasattr(self._stream, "aclose"):
+            await self._stream.aclose()
+
+
+_NOT_IN_TIME = object()
+
+
+def _wait_for(future: Future[Any], timeout: float) -> Any:
+    """The result, or ``_NOT_IN_TIME``; whoever stops waiting cancels the future, so that nothing is granted in vain."""
+    try:
+        return future.result(timeout)
+    except (FutureTimeout, CancelledError):
+        if future.cancel() or not future.done():
+            return _NOT_IN_TIME
+        return future.result()  # it came while we gave up
+    except BaseException:
+        future.cancel()
+        raise
+
+
+async def _async_wait_for(future: Future[Any], timeout: float) -> Any:
+    """The same from asyncio or trio: the caller's loop is never blocked, and is woken without blocking the node's."""
+    woken = anyio.Event()
+    native: Any = anyio.lowlevel.current_token().native_token
+    call_soon = getattr(native, "run_sync_soon", None) or native.call_soon_threadsafe
+
+    def wake(_: Future[Any]) -> None:
+        try:
+            call_soon(woken.set)
+        except RuntimeError:  # the caller's loop has ended meanwhile
+            pass
+
+    future.add_done_callback(wake)
+    try:
+        with anyio.move_on_after(timeout):
+            await woken.wait()
+    except BaseException:
+        future.cancel()
+        raise
+    return None if future.cancel() or not future.done() else future.result()

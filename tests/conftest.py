@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from httpx_p2pcache import Settings, runner
+from httpx_p2pcache.testing import Origin, made_up
+
+SECRET = hashlib.sha256(b"the fleet's secret in these tests").hexdigest()
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    """Every async test runs on both."""
+    return str(request.param)
+
+
+@pytest.fixture
+def origin() -> Iterator[Origin]:
+    """A stand-in GitHub with ten resources, /repos/octo-org/repo-0 to -9."""
+    with Origin(made_up(10)) as server:
+        yield server
+
+
+@pytest.fixture
+def settings_for(tmp_path: Path) -> Callable[..., Settings]:
+    """``settings_for("a")``: a runner of its own; runners of one test share registry and secret. P2P is on."""
+
+    def build(name: str = "runner", **changes: object) -> Settings:
+        plain = {
+            "dir": tmp_path / name,
+            "peer_registry": tmp_path / "registry",
+            "shared_secret": SECRET,
+            "listen_host": "127.0.0.1",
+            "listen_port": 0,
+            "join_timeout": 10.0,
+        }
+        return Settings(**(plain | changes))  # type: ignore[arg-type] # heterogeneous on purpose
+
+    return build
+
+
+@pytest.fixture
+def local(settings_for: Callable[..., Settings]) -> Settings:
+    """A local cache without peers."""
+    return settings_for(enable_p2p=False)
+
+
+@pytest.fixture(autouse=True)
+def _said_nothing_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said once per process is said once per test here."""
+    monkeypatch.setattr(runner, "_said", set())
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "GITHUB_TOKEN",
+        "GH_TOKEN",
+        "GITHUB_REPOSITORY",
+        "RUNNER_TEMP",
+        "HTTP_PROXY",
+        "http_proxy",
+        "ALL_PROXY",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """A transport that was closed leaves no thread; one that a test forgot to close is that test's failure."""
+    before = set(threading.enumerate())
+    yield
+    left = {t.name for t in set(threading.enumerate()) - before if t.name.startswith("p2pcache")}
+    for thread in set(threading.enumerate()) - before:
+        if thread.name == "p2pcache-ssl":  # ends by itself
+            thread.join(5)
+            left.discard(thread.name)
+    assert not left, f"threads left behind: {left}"
+    logging.getLogger("httpx_p2pcache").setLevel(logging.NOTSET)
