@@ -66,6 +66,7 @@ from httpx_p2pcache.freshness import (
 )
 from httpx_p2pcache.github import GitHub, adopted, may_have_grown
 from httpx_p2pcache.network import Awaited, FleetClaim, Found, NoPeers, PeerNetwork, Question
+from httpx_p2pcache.quota import QuotaBoard, refuses
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats, summary
 from httpx_p2pcache.store import Store, Stored
@@ -134,7 +135,14 @@ class Exchange:
     """The way of every request of one transport."""
 
     def __init__(
-        self, settings: Settings, store: Store, keyring: Keyring, stats: Stats, network: PeerNetwork, github: GitHub
+        self,
+        settings: Settings,
+        store: Store,
+        keyring: Keyring,
+        stats: Stats,
+        network: PeerNetwork,
+        github: GitHub,
+        quotas: QuotaBoard,
     ) -> None:
         self.settings = settings
         self.store = store
@@ -142,6 +150,7 @@ class Exchange:
         self.stats = stats
         self.network = network
         self.github = github
+        self.quotas = quotas
         self.flights = Flights(settings.claim_timeout, time.monotonic)
         self._may_wait_to_join = settings.join_timeout > 0
 
@@ -151,6 +160,7 @@ class Exchange:
         return {
             **summary(self.stats.snapshot()),
             **self.network.status(),
+            "quotas": self.quotas.describe(),
             "cache_dir": str(self.settings.dir),
             "cache_size": entries,
             "total_size_bytes": size,
@@ -197,11 +207,11 @@ class Exchange:
             or not _CONDITIONAL.isdisjoint(request.headers)
             or carries_credentials(request.url)
         ):
-            return (yield from self._pass_by("bypass"))
+            return (yield from self._pass_by(request, "bypass"))
         return (yield from _Lookup(self, request, wishes).way())
 
     def _write_through(self, request: hishel.Request) -> Way:
-        answer = yield from self._pass_by("method")
+        answer = yield from self._pass_by(request, "method")
         reply = answer.reply
         if request.method in _SAFE or reply is None or reply.status >= 400:
             return answer
@@ -217,10 +227,19 @@ class Exchange:
             yield Wait(self.network.invalidate(keys), self.settings.lookup_timeout)
         return answer
 
-    def _pass_by(self, why: str) -> Way:
+    def _pass_by(self, request: hishel.Request, why: str) -> Way:
         self.stats.add("origin_calls")
         reply: Reply = yield Send({})
+        self.note_quota(request, reply)
         return Answer(None, reply, f"fwd={why}", _caching("origin"))
+
+    def note_quota(self, request: hishel.Request, reply: Reply) -> None:
+        """What the origin says of its limits goes on the board, and to the fleet."""
+        if self.github.follows(request.url):
+            identity = self._identity(request)
+            quota = self.quotas.note(identity, request.url, reply.status, reply.headers, time.time())
+            if quota is not None:
+                self.network.tell_quota(quota)
 
     def _from_store(self, stored: Stored, now: float, *, source: str, collapsed: bool = False) -> Answer:
         age = stored.entry.age(now)
@@ -437,6 +456,11 @@ class _Lookup:
             if isinstance(state, hishel.NeedRevalidation):
                 added = {n: state.request.headers[n] for n in state.request.headers if n.startswith("if-")}
             sent = time.time()
+            if self._is_refused(sent):
+                stale = self._stale("its rate limit")
+                if stale is not None:
+                    lease.settle(Verdict.FAILED)
+                    return stale
             exchange.stats.add("origin_calls")
             try:
                 reply: Reply = yield Send(added)
@@ -446,6 +470,7 @@ class _Lookup:
                     raise
                 lease.settle(Verdict.FAILED)
                 return stale
+            exchange.note_quota(self.request, reply)
             if _failing(reply):
                 stale = self._stale(str(reply.status))
                 if stale is not None:
@@ -506,6 +531,10 @@ class _Lookup:
         exchange.stats.add("bytes_from_cache", len(entry.body))
         status = f"fwd=stale; fwd-status=304; ttl={fresh.fresh_for - int(entry.initial_age)}"
         return Answer(fresh, None, status, _caching("origin", from_cache=True, revalidated=True), age=entry.initial_age)
+
+    def _is_refused(self, now: float) -> bool:
+        github, quotas = self.exchange.github, self.exchange.quotas
+        return github.follows(self.request.url) and quotas.refused(self.identity, self.request.url, now)
 
     def _stale(self, cause: str) -> Answer | None:
         """Step 7: a stale entry that may stand in for an origin that fails (RFC 5861 §4), or None."""
@@ -610,9 +639,7 @@ class Keep:
 
 def _failing(reply: Reply) -> bool:
     """Whether the origin is down, or refuses for its limits: 5xx, 429, and the 403 that GitHub sends for them."""
-    if reply.status == 403:
-        return reply.headers.get("x-ratelimit-remaining") == "0" or "retry-after" in reply.headers
-    return reply.status == 429 or reply.status >= 500
+    return reply.status >= 500 or refuses(reply.status, reply.headers)
 
 
 def _too_large(reply: Reply, limit: int) -> bool:

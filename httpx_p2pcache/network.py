@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Digest, Entry
+from httpx_p2pcache.quota import Quota
 
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 ClaimKey = Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -98,6 +99,10 @@ class PeerNetwork(Protocol):
         """Tell every peer that the entries of these cache keys are no longer valid; resolved when all have answered."""
         ...
 
+    def tell_quota(self, quota: Quota) -> None:
+        """Let the fleet know what the origin has said of an identity's limits."""
+        ...
+
     def status(self) -> dict[str, object]:
         """``p2p_enabled``, ``peer_id``, ``addresses``, ``connected_peers`` and ``peers``, as plain values."""
         ...
@@ -142,6 +147,8 @@ class NoPeers:
 
     def invalidate(self, keys: list[bytes]) -> Future[None]:  # noqa: ARG002 - the contract's signature
         return done()
+
+    def tell_quota(self, quota: Quota) -> None: ...
 
     def status(self) -> dict[str, object]:
         return {"p2p_enabled": False, "peer_id": None, "addresses": [], "connected_peers": 0, "peers": []}

@@ -14,6 +14,7 @@ from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exchange import Exchange
 from httpx_p2pcache.github import GitHub
 from httpx_p2pcache.network import NoPeers, PeerNetwork
+from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats, summary
 from httpx_p2pcache.store import Store, local_secret
@@ -80,11 +81,12 @@ def _start(settings: Settings) -> Exchange:
     keyring = Keyring(secret, settings.fleet)
     stats = Stats()
     github = GitHub(settings, stats)
+    quotas = QuotaBoard()
     store = Store(settings.dir, max_size=settings.max_size, default_ttl=settings.default_ttl, any_coding=github.follows)
-    return Exchange(settings, store, keyring, stats, _network(settings, store, keyring, stats), github)
+    return Exchange(settings, store, keyring, stats, _network(settings, store, keyring, stats, quotas), github, quotas)
 
 
-def _network(settings: Settings, store: Store, keyring: Keyring, stats: Stats) -> PeerNetwork:
+def _network(settings: Settings, store: Store, keyring: Keyring, stats: Stats, quotas: QuotaBoard) -> PeerNetwork:
     if not settings.enable_p2p or settings.node == "none":
         say_once("sharing with other runners is off: set CACHE_ENABLE_P2P=true (and not CACHE_NODE=none) to share")
         return NoPeers()
@@ -93,7 +95,7 @@ def _network(settings: Settings, store: Store, keyring: Keyring, stats: Stats) -
         return NoPeers()
     from httpx_p2pcache.node import start  # neither libp2p nor trio is imported by this
 
-    return start(settings, store, keyring, stats, say_once)
+    return start(settings, store, keyring, stats, quotas, say_once)
 
 
 def _finish(exchange: Exchange) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.network import NoPeers, PeerNetwork
+from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
 from httpx_p2pcache.store import Store
 
 
 def start(
-    settings: Settings, store: Store, keyring: Keyring, stats: Stats, say_once: Callable[..., None]
+    settings: Settings, store: Store, keyring: Keyring, stats: Stats, quotas: QuotaBoard, say_once: Callable[..., None]
 ) -> PeerNetwork:
     """A node that begins to join the fleet in the background; without libp2p nobody, and ``say_once`` says why."""
     if importlib.util.find_spec("libp2p") is None:
@@ -21,4 +22,4 @@ def start(
         return NoPeers()
     from httpx_p2pcache.node.embedded import EmbeddedNode
 
-    return EmbeddedNode(settings, store, keyring, stats, say_once)
+    return EmbeddedNode(settings, store, keyring, stats, quotas, say_once)

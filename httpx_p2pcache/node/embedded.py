@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Entry, Keyring
 from httpx_p2pcache.network import Answer, FleetClaim, Question, Unclaimed, done
+from httpx_p2pcache.quota import Quota, QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
 from httpx_p2pcache.store import Store
@@ -34,12 +35,19 @@ class EmbeddedNode:
     """
 
     def __init__(
-        self, settings: Settings, store: Store, keyring: Keyring, stats: Stats, say_once: Callable[..., None]
+        self,
+        settings: Settings,
+        store: Store,
+        keyring: Keyring,
+        stats: Stats,
+        quotas: QuotaBoard,
+        say_once: Callable[..., None],
     ) -> None:
         self._settings = settings
         self._store = store
         self._keyring = keyring
         self._stats = stats
+        self._quotas = quotas
         self._say_once = say_once
         self._fleet: Fleet | None = None
         self._token: trio.lowlevel.TrioToken | None = None
@@ -92,6 +100,9 @@ class EmbeddedNode:
         if not self._soon(lambda fleet: fleet.spawn(fleet.home.invalidate, keys, future)):
             return done()
         return future
+
+    def tell_quota(self, quota: Quota) -> None:
+        self._soon(lambda fleet: fleet.spawn(fleet.home.tell_quota, quota))
 
     def status(self) -> dict[str, object]:
         fleet = self._fleet
@@ -183,7 +194,7 @@ class EmbeddedNode:
     async def _main(self, fleet_type: type[Fleet]) -> None:
         import trio
 
-        fleet = fleet_type(self._settings, self._store, self._keyring, self._stats)
+        fleet = fleet_type(self._settings, self._store, self._keyring, self._stats, self._quotas)
 
         def started() -> None:
             with self._lock:

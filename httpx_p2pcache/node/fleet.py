@@ -26,6 +26,7 @@ from httpx_p2pcache.node.home import Home
 from httpx_p2pcache.node.host import Host, announced, is_loopback
 from httpx_p2pcache.node.members import Link, Member
 from httpx_p2pcache.node.protocol import FRAME_OVERHEAD, Introduce, Inventory, Message, Ready, admit
+from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
 from httpx_p2pcache.store import Store
@@ -66,6 +67,7 @@ class Fleet:
     store: Store
     keyring: Keyring
     stats: Stats
+    quotas: QuotaBoard
     members: dict[ID, Member] = field(default_factory=dict)
     addresses: list[str] = field(default_factory=list)
 

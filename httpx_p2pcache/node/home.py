@@ -51,8 +51,10 @@ from httpx_p2pcache.node.protocol import (
     Published,
     Push,
     Release,
+    TellQuota,
     Wait,
 )
+from httpx_p2pcache.quota import Quota
 from httpx_p2pcache.store import Stored
 
 if TYPE_CHECKING:
@@ -280,6 +282,11 @@ class Home:
             if not future.done():
                 future.set_result(None)
 
+    async def tell_quota(self, quota: Quota) -> None:
+        """Let every member know."""
+        for member in list(self._fleet.members.values()):
+            self._fleet.spawn(member.link.send, TellQuota(quota))
+
     # What members want of us
 
     async def handle(self, link: Link, message: Message) -> None:
@@ -297,6 +304,8 @@ class Home:
         elif isinstance(message, Invalidate):
             await self._fleet.in_worker(partial(self._fleet.store.invalidate, message.keys))
             await link.send(Done(message.call))
+        elif isinstance(message, TellQuota):
+            self._fleet.quotas.merge(message.quota, time.time())
         elif isinstance(message, Ping):
             await link.send(Done(message.call))
 

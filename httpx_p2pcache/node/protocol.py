@@ -32,6 +32,7 @@ from msgspec import Meta
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.network import ClaimKey, Key, Question
+from httpx_p2pcache.quota import Quota
 
 PROTOCOL_ID = "/httpx-p2pcache/1"
 VERSION = 1
@@ -149,6 +150,12 @@ class Invalidate(_Frame):
     keys: Annotated[list[Key], Meta(max_length=100)]
 
 
+class TellQuota(_Frame):
+    """What the origin has said of an identity's rate limit."""
+
+    quota: Quota
+
+
 class Done(_Frame):
     call: Call
 
@@ -171,6 +178,7 @@ Message = (
     | Push
     | Release
     | Invalidate
+    | TellQuota
     | Done
     | Ping
 )
