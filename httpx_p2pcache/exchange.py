@@ -31,6 +31,7 @@ import uuid
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from email.utils import formatdate
 from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
@@ -40,6 +41,7 @@ import msgspec
 from hishel import CacheOptions, Headers
 
 from httpx_p2pcache.claims import Flights, Granted, Look, Verdict
+from httpx_p2pcache.conditions import View, combined, opaque, viewed
 from httpx_p2pcache.entries import (
     ANONYMOUS,
     EVERYONE,
@@ -75,11 +77,9 @@ logger = logging.getLogger("httpx_p2pcache")
 
 _CACHEABLE = ("GET", "HEAD")
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110 §9.2.1
-# Requests that carry one of these are for the origin, or for a cache that understands them.
-_CONDITIONAL = frozenset(
-    {"if-match", "if-modified-since", "if-none-match", "if-range", "if-unmodified-since", "range", "upgrade"}
-)
-_SPECIAL = _CONDITIONAL | {"cache-control", "pragma"}
+_FOR_THE_ORIGIN = frozenset({"if-match", "if-unmodified-since", "upgrade"})  # a cache has no part in these
+_CONDITIONS = frozenset({"if-modified-since", "if-none-match"})
+_SPECIAL = _FOR_THE_ORIGIN | _CONDITIONS | {"cache-control", "if-range", "pragma", "range"}
 # Fields of a request that say nothing about which representation is meant, and are not sent to peers.
 _UNSELECTIVE = frozenset({"connection", "host", "content-length", "transfer-encoding", "te"})
 _GITHUB_STALE_SECONDS = 86_400.0
@@ -129,6 +129,8 @@ class Answer:
     caching: dict[str, Any]
     keep: Keep | None = None
     age: float = 0.0
+    view: View | None = None  # of ``stored``, where the caller has conditions of its own
+    afterwards: Way | None = None  # to be driven in the background once the answer is given (RFC 5861 §3)
 
 
 class Exchange:
@@ -196,19 +198,19 @@ class Exchange:
                 best = stored
         return None if best is None else self._from_store(best, now, source="local")
 
-    def way(self, request: hishel.Request) -> Way:
-        """The way of one request; see the module's head."""
+    def way(self, request: hishel.Request, *, background: bool = False) -> Way:
+        """The way of one request; see the module's head. ``background``: an answer may have an ``afterwards``."""
         self.stats.add("requests")
         wishes = directives(request.headers)
         if request.method not in _CACHEABLE:
             return (yield from self._write_through(request))
         if (
             "no-store" in wishes  # §5.2.1.5: nothing of this exchange is stored
-            or not _CONDITIONAL.isdisjoint(request.headers)
+            or not _FOR_THE_ORIGIN.isdisjoint(request.headers)
             or carries_credentials(request.url)
         ):
             return (yield from self._pass_by(request, "bypass"))
-        return (yield from _Lookup(self, request, wishes).way())
+        return (yield from _Lookup(self, request, wishes, background).way())
 
     def _write_through(self, request: hishel.Request) -> Way:
         answer = yield from self._pass_by(request, "method")
@@ -225,6 +227,11 @@ class Exchange:
         yield Run(partial(self.store.invalidate, keys))
         if self.network.active:
             yield Wait(self.network.invalidate(keys), self.settings.lookup_timeout)
+        if _answers_get(request, reply):
+            lookup = _Lookup(self, hishel.Request("GET", request.url, request.headers), {})
+            answer.keep = Keep(lookup, reply, time.time(), _Lease(self, lookup.key, bytes(16)))
+            answer.cache_status += "; stored"
+            answer.caching["stored"] = True
         return answer
 
     def _pass_by(self, request: hishel.Request, why: str) -> Way:
@@ -308,7 +315,12 @@ class _Lease:
 class _Lookup:
     """The way of one GET or HEAD: steps 2 to 7."""
 
-    def __init__(self, exchange: Exchange, request: hishel.Request, wishes: dict[str, str | None]) -> None:
+    def __init__(
+        self, exchange: Exchange, request: hishel.Request, wishes: dict[str, str | None], background: bool = False
+    ) -> None:
+        self.background = background
+        self.conditional = not _CONDITIONS.isdisjoint(request.headers)
+        self.ranged = "range" in request.headers and request.method == "GET"
         self.exchange = exchange
         self.request = request
         self.wishes = wishes
@@ -335,6 +347,11 @@ class _Lookup:
             state = yield from self._look()
             if isinstance(state, hishel.FromCache):
                 return self._serve(state, source)
+            answer = self._while_revalidate(state)
+            if answer is not None:
+                return answer
+            if self.ranged:  # a part that is not held is not stored either
+                return (yield from exchange._pass_by(self.request, "bypass"))
             if "only-if-cached" in self.wishes:  # §5.2.1.7
                 return Answer(None, None, "fwd=request; detail=only-if-cached", _caching("local"))
 
@@ -376,7 +393,8 @@ class _Lookup:
             if exchange._may_use(stored, self.identity) and stored.matches(self.request.method, value_of)
         ]
         ttl = exchange.settings.default_ttl
-        shown = [machine_entry(stored.entry, stored.id, self.wishes, now, ttl) for stored in self.held]
+        method, wishes = self.request.method, self.wishes
+        shown = [machine_entry(stored.entry, method, stored.id, wishes, now, ttl) for stored in self.held]
         if exchange.github.follows(self.request.url):
             shown = [view for stored, view in zip(self.held, shown, strict=True) if not self._incomplete(stored, view)]
         self.others = {}
@@ -404,7 +422,28 @@ class _Lookup:
 
     def _serve(self, state: hishel.FromCache, source: str) -> Answer:
         stored = self._stored(state.entry)
-        return self.exchange._from_store(stored, time.time(), source=source, collapsed=self.collapsed)
+        return self._viewed(self.exchange._from_store(stored, time.time(), source=source, collapsed=self.collapsed))
+
+    def _viewed(self, answer: Answer) -> Answer:
+        """The answer as the caller's own conditions ask for it."""
+        if answer.stored is not None and (self.conditional or self.ranged):
+            answer.view = viewed(answer.stored.entry, self.request.method, self.request.headers)
+        return answer
+
+    def _while_revalidate(self, state: hishel.AnyState) -> Answer | None:
+        """What may be served stale while it is revalidated in the background (RFC 5861 §3)."""
+        if not self.background or not _SPECIAL.isdisjoint(self.request.headers):
+            return None
+        if not isinstance(state, hishel.NeedRevalidation) or state.revalidating_entries[0].id in self.others:
+            return None
+        stored, now = self._stored(state.revalidating_entries[0]), time.time()
+        allowed = seconds(stored.control.get("stale-while-revalidate"))
+        if must_not_be_stale(stored.entry) or stored.entry.age(now) - stored.fresh_for >= allowed:
+            return None
+        answer = self.exchange._from_store(stored, now, source="local")
+        answer.cache_status += "; detail=stale-while-revalidate"
+        answer.afterwards = _Lookup(self.exchange, self.request, self.wishes).way()
+        return answer
 
     def _stored(self, shown: hishel.Entry) -> Stored:
         return next(stored for stored in self.held if stored.id == shown.id)
@@ -455,6 +494,8 @@ class _Lookup:
             added = {}
             if isinstance(state, hishel.NeedRevalidation):
                 added = {n: state.request.headers[n] for n in state.request.headers if n.startswith("if-")}
+                if self.conditional:
+                    added = combined(self.request.headers, added)
             sent = time.time()
             if self._is_refused(sent):
                 stale = self._stale("its rate limit")
@@ -477,7 +518,10 @@ class _Lookup:
                     yield Discard(reply)
                     lease.settle(Verdict.FAILED)
                     return stale
-            if reply.status == 304 and added:
+            if reply.status == 304:
+                if self.conditional and not self._proves_ours(state, reply):
+                    lease.settle(Verdict.ABANDONED)  # it is about the caller's copy: those who wait need one
+                    return Answer(None, reply, f"fwd={why}; fwd-status=304", _caching("origin"))
                 yield Discard(reply)
             state = state.next(machine_response(hishel.Response(reply.status, reply.headers)))
             if isinstance(state, hishel.InvalidateEntries):
@@ -489,6 +533,8 @@ class _Lookup:
             why = "miss"  # a 304 that fits nothing we hold: once more, without conditions
         if isinstance(state, hishel.NeedToBeUpdated):
             return (yield from self._freshen(state, reply, sent, lease))
+        if self.request.method == "HEAD" and reply.status == 200:
+            yield Run(partial(self._compare_with_head, reply, sent))
         keep = None
         if isinstance(state, hishel.StoreAndUse) and not _too_large(reply, exchange.settings.max_body_size):
             keep = Keep(self, reply, sent, lease)
@@ -498,6 +544,33 @@ class _Lookup:
             f"fwd={why}" + (f"; fwd-status={reply.status}" if why == "stale" else "") + ("; stored" if keep else "")
         )
         return Answer(None, reply, status, _caching("origin", stored=keep is not None), keep)
+
+    def _proves_ours(self, state: hishel.AnyState, reply: Reply) -> bool:
+        """Whether a 304 is about what we hold, and not about the copy that the caller holds."""
+        if not isinstance(state, hishel.NeedRevalidation):
+            return False
+        ours, named = state.request.headers.get("if-none-match"), reply.headers.get("etag")
+        return ours is None or named is None or opaque(named) == opaque(ours)
+
+    def _compare_with_head(self, reply: Reply, sent: float) -> None:
+        """A HEAD's 200 freshens the GET's entry that it agrees with, and removes one that it does not (§4.3.5)."""
+        store, now = self.exchange.store, time.time()
+        for stored in self.held:
+            if stored.entry.method != "GET" or stored.entry.status != 200:
+                continue
+            if all(
+                name not in reply.headers or reply.headers[name] == stored.entry.first(name)
+                for name in ("etag", "last-modified", "content-length")
+            ):
+                entry = msgspec.structs.replace(
+                    stored.entry,
+                    headers=freshened(stored.entry.headers, reply.headers),
+                    initial_age=initial_age(storable_fields(reply.headers), sent, now),
+                    received=now,
+                )
+                store.refresh(stored, entry)
+            else:
+                store.remove(self.key, [stored.id])
 
     def _freshen(self, state: hishel.NeedToBeUpdated, reply: Reply, sent: float, lease: _Lease) -> Way:
         """The origin said 304: what we hold is still right (RFC 9111 §4.3.4)."""
@@ -530,7 +603,8 @@ class _Lookup:
         exchange.stats.add("revalidated")
         exchange.stats.add("bytes_from_cache", len(entry.body))
         status = f"fwd=stale; fwd-status=304; ttl={fresh.fresh_for - int(entry.initial_age)}"
-        return Answer(fresh, None, status, _caching("origin", from_cache=True, revalidated=True), age=entry.initial_age)
+        caching = _caching("origin", from_cache=True, revalidated=True)
+        return self._viewed(Answer(fresh, None, status, caching, age=entry.initial_age))
 
     def _is_refused(self, now: float) -> bool:
         github, quotas = self.exchange.github, self.exchange.quotas
@@ -551,7 +625,7 @@ class _Lookup:
             status = f"fwd=stale; ttl={stored.fresh_for - int(age)}; detail=stale-if-error"
             if cause.isdigit():
                 status = status.replace("fwd=stale;", f"fwd=stale; fwd-status={cause};")
-            return Answer(stored, None, status, _caching("local", from_cache=True), age=age)
+            return self._viewed(Answer(stored, None, status, _caching("local", from_cache=True), age=age))
         return None
 
     def _stale_allowance(self, stored: Stored) -> float:
@@ -568,6 +642,7 @@ class _Lookup:
         """The entry that a complete response becomes."""
         now = time.time()
         headers = storable_fields(reply.headers)
+        headers.setdefault("date", [formatdate(now, usegmt=True)])  # RFC 9110 §6.6.1
         return Entry(
             method=self.request.method,
             url=self.request.url,
@@ -635,6 +710,15 @@ class Keep:
     def abandon(self) -> None:
         """The body will not be read to its end. After ``finish`` this does nothing."""
         self._lease.settle(Verdict.ABANDONED)
+
+
+def _answers_get(request: hishel.Request, reply: Reply) -> bool:
+    """Whether a POST's answer is what GET would give: it says so, and for how long (RFC 9110 §9.3.3)."""
+    if request.method != "POST" or reply.status != 200 or "no-store" in directives(reply.headers):
+        return False
+    explicit = "max-age" in directives(reply.headers) or "expires" in reply.headers
+    location = reply.headers.get("content-location")
+    return explicit and location is not None and urljoin(request.url, location.strip()) == request.url
 
 
 def _failing(reply: Reply) -> bool:

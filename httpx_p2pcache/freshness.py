@@ -24,6 +24,7 @@ from httpx_p2pcache.entries import Entry
 HEURISTICALLY_CACHEABLE = frozenset({200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501})
 # CACHE_DEFAULT_TTL does not apply to errors: who polls until something exists must see it appear.
 _DEFAULT_TTL_STATUSES = frozenset({200, 203, 204, 300, 301, 308})
+_UNDERSTOOD = HEURISTICALLY_CACHEABLE | {302, 303, 307, 400, 401, 403, 500, 502, 503, 504}
 _LONGEST = 2**31  # RFC 9111 §1.2.2: what a delta-seconds too large to represent counts as
 _HEURISTIC_SHARE = 0.1  # RFC 9111 §4.2.2: "A typical setting of this fraction might be 10%."
 
@@ -118,12 +119,12 @@ def lifetime(entry: Entry, default_ttl: float) -> float | None:
             return 0.0  # "A cache recipient MUST interpret invalid date formats ... as a time in the past"
         date = http_date(", ".join(entry.headers.get("date", ())))
         return max(0.0, expires - (date if date is not None else entry.received))
-    if entry.status not in _DEFAULT_TTL_STATUSES and "public" not in control:
+    if entry.status not in HEURISTICALLY_CACHEABLE and "public" not in control:
         return None
     modified = http_date(entry.first("last-modified"))
     if modified is not None:
         return min(default_ttl, max(0.0, (entry.received - modified) * _HEURISTIC_SHARE))
-    return default_ttl
+    return default_ttl if entry.status in _DEFAULT_TTL_STATUSES else None
 
 
 def must_not_be_stale(entry: Entry) -> bool:
@@ -143,7 +144,7 @@ def machine_request(request: hishel.Request) -> hishel.Request:
 
 
 def machine_entry(
-    entry: Entry, id_: uuid.UUID, wishes: Mapping[str, str | None], now: float, default_ttl: float
+    entry: Entry, method: str, id_: uuid.UUID, wishes: Mapping[str, str | None], now: float, default_ttl: float
 ) -> hishel.Entry:
     """``entry`` as hishel's machine has to see it to decide what RFC 9111 asks, given the request's directives."""
     control = directives(entry.headers)
@@ -162,9 +163,8 @@ def machine_entry(
     shown["cache-control"] = f"max-age={max(0, math.floor(min(fresh_for or 0, _LONGEST)))}"
     if control.get("no-cache", "") is None:
         shown["cache-control"] += ", no-cache"
-    # Vary is left out: only entries that the request selects are shown to the machine at all.
-    request = hishel.Request(entry.method, entry.url)
-    return hishel.Entry(id_, request, hishel.Response(entry.status, Headers(shown)))
+    # Vary and the method are not asked for: only entries that the request selects are shown to the machine at all.
+    return hishel.Entry(id_, hishel.Request(method, entry.url), hishel.Response(entry.status, Headers(shown)))
 
 
 def machine_unproven(entry: Entry, id_: uuid.UUID, etag: str, now: float) -> hishel.Entry:
@@ -186,8 +186,11 @@ def machine_response(response: hishel.Response) -> hishel.Response:
         if name in response.headers
     }
     control = directives(response.headers)
-    if "must-understand" in control and response.status_code in HEURISTICALLY_CACHEABLE:
-        control.pop("no-store", None)  # §5.2.2.3
+    if "must-understand" in control:  # §5.2.2.3: in the place of no-store for who understands, else like it
+        if response.status_code in _UNDERSTOOD:
+            control.pop("no-store", None)
+        else:
+            control["no-store"] = None
     written = (name if argument is None else f'{name}="{argument}"' for name, argument in control.items())
     shown["cache-control"] = ", ".join(written)
     return hishel.Response(response.status_code, Headers(shown))
@@ -225,8 +228,8 @@ def storable_fields(headers: Headers) -> dict[str, list[str]]:
     return {name: lines for name, lines in fields.items() if name not in dropped and name not in _CONNECTION_FIELDS}
 
 
-# §3.2: "the cache MUST NOT update Content-*"-like fields that describe the stored body, nor what validated it.
-_NOT_UPDATED = frozenset({"content-encoding", "content-length", "content-md5", "content-range", "content-type"})
+# §3.2: never Content-Length, nor what "the cache's stored response depends upon": our bodies are stored as they came.
+_NOT_UPDATED = frozenset({"content-encoding", "content-length", "content-range"})
 
 
 def freshened(stored: Mapping[str, list[str]], not_modified: Headers) -> dict[str, list[str]]:

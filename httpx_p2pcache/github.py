@@ -27,6 +27,7 @@ from urllib.parse import parse_qs, urljoin, urlsplit
 import msgspec
 from hishel import Headers
 
+from httpx_p2pcache.conditions import opaque
 from httpx_p2pcache.entries import Entry, same_origin
 from httpx_p2pcache.freshness import vary_names
 from httpx_p2pcache.settings import Settings
@@ -122,11 +123,6 @@ def computed_etag(headers: Headers | Mapping[str, str], body: bytes) -> str:
     """The opaque part of the entity tag, by the rule at the module's head, for the *decoded* body."""
     preimage = "".join(f"{headers[name]}:" for name in BOUND_FIELDS if name in headers)
     return hashlib.sha256(preimage.encode("latin-1") + body).hexdigest()
-
-
-def opaque(etag: str) -> str:
-    """An entity tag without weakness mark and quotes, for the weak comparison (RFC 9110 §8.8.3.2)."""
-    return etag.strip().removeprefix("W/").strip('"')
 
 
 def adopted(entry: Entry, etag: str) -> dict[str, list[str]]:

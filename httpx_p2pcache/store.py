@@ -67,7 +67,9 @@ class Stored:
         ``value_of`` gives the request's fields as :meth:`Keyring.selecting_value` does. With ``any_identity`` the
         fields that say who asks may differ.
         """
-        if self.entry.method != method or (self.codings and not _accepts(value_of("accept-encoding"), self.codings)):
+        if method != self.entry.method and (method, self.entry.method) != ("HEAD", "GET"):
+            return False
+        if self.codings and not _accepts(value_of("accept-encoding"), self.codings):
             return False
         return all(
             name != "*" and (value_of(name) == value or (any_identity and is_credential(name)))

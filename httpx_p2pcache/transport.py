@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import ssl
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -21,6 +23,10 @@ from httpx_p2pcache import runner
 from httpx_p2pcache.exceptions import ConfigurationError
 from httpx_p2pcache.exchange import Answer, Effect, Keep, Reply, Run, Send, Wait, Way
 from httpx_p2pcache.settings import Settings
+
+logger = logging.getLogger("httpx_p2pcache")
+
+CLOSE_SECONDS = 1.0  # what a revalidation in the background may hold up close()
 
 
 class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
@@ -47,6 +53,8 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
         self.next_transport = next_transport
         self._origins = _Origins() if next_transport is None else None
         self._exchange = runner.acquire(self.settings)
+        self._background: set[threading.Thread] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
         return f"<P2PCacheTransport dir={str(self.settings.dir)!r} p2p={self._exchange.network.active}>"
@@ -66,15 +74,46 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
         asked = _asked(request)
         answer = self._exchange.hit(asked)
         if answer is None:
-            answer = self._pump(self._exchange.way(asked), request)
+            answer = self._pump(self._exchange.way(asked, background=True), request)
+            if answer.afterwards is not None:
+                worker = threading.Thread(
+                    target=self._revalidate, args=(answer.afterwards, request), name="p2pcache-revalidate", daemon=True
+                )
+                self._background.add(worker)
+                worker.start()
         return _response(answer, request, _KeptStream)
+
+    def _revalidate(self, way: Way, request: httpx.Request) -> None:
+        """What goes on after a stale answer was given; the caller has it, and hears of no failure."""
+        try:
+            response = _response(self._pump(way, request), request, _KeptStream)
+            response.read()
+            response.close()
+        except Exception as exc:
+            logger.debug("a revalidation in the background has failed: %s", type(exc).__name__)
+        finally:
+            self._background.discard(threading.current_thread())
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         asked = _asked(request)
         answer = self._exchange.hit(asked)
         if answer is None:
-            answer = await self._async_pump(self._exchange.way(asked), request)
+            # trio has no place for a task that outlives its caller: there the caller waits for the revalidation.
+            loop = _asyncio_loop()
+            answer = await self._async_pump(self._exchange.way(asked, background=loop is not None), request)
+            if answer.afterwards is not None and loop is not None:
+                task = loop.create_task(self._async_revalidate(answer.afterwards, request))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
         return _response(answer, request, _AsyncKeptStream)
+
+    async def _async_revalidate(self, way: Way, request: httpx.Request) -> None:
+        try:
+            response = _response(await self._async_pump(way, request), request, _AsyncKeptStream)
+            await response.aread()
+            await response.aclose()
+        except Exception as exc:
+            logger.debug("a revalidation in the background has failed: %s", type(exc).__name__)
 
     def _pump(self, way: Way, request: httpx.Request) -> Answer:
         def perform(effect: Effect) -> Any:
@@ -144,12 +183,16 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
         return origin  # type: ignore[return-value] # the line above has made sure
 
     def close(self) -> None:
+        for worker in list(self._background):
+            worker.join(CLOSE_SECONDS)
         runner.release(self._exchange)
         inner: Any = self._origins or self.next_transport
         if hasattr(inner, "close"):
             inner.close()
 
     async def aclose(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
         await anyio.to_thread.run_sync(runner.release, self._exchange)
         inner: Any = self._origins or self.next_transport
         if hasattr(inner, "aclose"):
@@ -218,12 +261,14 @@ def _asked(request: httpx.Request) -> hishel.Request:
 
 
 def _with(request: httpx.Request, added: dict[str, str]) -> httpx.Request:
+    """The caller's request with ``added`` fields in the place of its own of those names."""
     if not added:
         return request
+    kept = [(name, value) for name, value in request.headers.raw if name.decode("latin-1").lower() not in added]
     return httpx.Request(
         request.method,
         request.url,
-        headers=[*request.headers.raw, *((name.encode(), value.encode("latin-1")) for name, value in added.items())],
+        headers=[*kept, *((name.encode(), value.encode("latin-1")) for name, value in added.items())],
         stream=request.stream,
         extensions=request.extensions,
     )
@@ -240,11 +285,16 @@ def _response(answer: Answer, request: httpx.Request, kept: type[_KeptStream | _
     cache_status = (b"cache-status", b"p2pcache; " + answer.cache_status.encode())
     extensions: dict[str, Any] = {"caching": answer.caching}
     if answer.stored is not None:
-        stored = answer.stored
+        stored, view = answer.stored, answer.view
+        status, body, fields = stored.entry.status, stored.entry.body, stored.raw_headers
+        if view is not None:
+            status, body = view.status, view.body
+            fields = [(name, value) for name, value in fields if name.decode("latin-1") not in view.dropped]
+            fields += [(name.encode(), value.encode()) for name, value in view.added]
         return httpx.Response(
-            stored.entry.status,
-            headers=[*stored.raw_headers, (b"age", b"%d" % answer.age), cache_status],
-            stream=httpx.ByteStream(stored.entry.body if request.method != "HEAD" else b""),
+            status,
+            headers=[*fields, (b"age", b"%d" % answer.age), cache_status],
+            stream=httpx.ByteStream(body if request.method != "HEAD" else b""),
             extensions={"http_version": b"HTTP/1.1", **extensions},
         )
     if answer.reply is None:  # RFC 9111 §5.2.1.7
@@ -295,6 +345,14 @@ class _AsyncKeptStream(httpx.AsyncByteStream):
         self._keep.abandon()
         if hasattr(self._stream, "aclose"):
             await self._stream.aclose()
+
+
+def _asyncio_loop() -> asyncio.AbstractEventLoop | None:
+    """The running asyncio loop; None under trio."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 _NOT_IN_TIME = object()

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from httpx_p2pcache import Settings
+from httpx_p2pcache.conditions import opaque
 from httpx_p2pcache.entries import Entry, body_digest
 from httpx_p2pcache.freshness import http_date
-from httpx_p2pcache.github import GitHub, computed_etag, decoded, family, links_stay, may_have_grown, opaque
+from httpx_p2pcache.github import GitHub, computed_etag, decoded, family, links_stay, may_have_grown
 from httpx_p2pcache.stats import Stats
 from httpx_p2pcache.testing import github_etag
 

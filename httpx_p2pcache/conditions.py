@@ -1,0 +1,97 @@
+"""What a caller's own conditions and ranges make of an entry (RFC 9110 §13, §14): a 304, a 206, a 416, or all of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from hishel import Headers
+
+from httpx_p2pcache.entries import Entry
+from httpx_p2pcache.freshness import http_date
+
+_TAG = re.compile(r'\*|(?:W/)?"[^"]*"')
+_RANGE = re.compile(r"bytes\s*=\s*(\d*)\s*-\s*(\d*)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class View:
+    """An entry as one caller gets it: ``dropped`` fields left out, ``added`` ones put in."""
+
+    status: int
+    body: bytes
+    dropped: tuple[str, ...] = ()
+    added: tuple[tuple[str, str], ...] = ()
+
+
+def viewed(entry: Entry, method: str, headers: Headers) -> View:
+    """What a request with these fields gets of an entry that may be used for it."""
+    body = b"" if method == "HEAD" else entry.body
+    if entry.status == 200 and not_modified(entry, headers):
+        return View(304, b"", dropped=("content-length", "content-encoding", "content-type", "content-range"))
+    if entry.status == 200 and method == "GET" and "range" in headers and _range_holds(entry, headers):
+        return _part(entry, headers["range"])
+    return View(entry.status, body)
+
+
+def not_modified(entry: Entry, headers: Headers) -> bool:
+    """Whether the caller's copy is the entry (§13.2.2): If-None-Match if there is one, else If-Modified-Since."""
+    if "if-none-match" in headers:
+        etag = entry.first("etag")
+        tags = _TAG.findall(headers["if-none-match"])
+        return "*" in tags or (etag is not None and opaque(etag) in map(opaque, tags))
+    since = http_date(headers.get("if-modified-since"))
+    if since is None:  # "A recipient MUST ignore ... if the received field value is not a valid HTTP-date"
+        return False
+    # RFC 9111 §4.3.2: without Last-Modified the Date, else the time of receipt, stands for it.
+    modified = http_date(entry.first("last-modified"))
+    if modified is None:
+        modified = http_date(entry.first("date"))
+    return (entry.received if modified is None else modified) <= since
+
+
+def opaque(etag: str) -> str:
+    """An entity tag without weakness mark and quotes, for the weak comparison (§8.8.3.2)."""
+    return etag.strip().removeprefix("W/").strip('"')
+
+
+def _range_holds(entry: Entry, headers: Headers) -> bool:
+    """Whether the range applies: If-Range names exactly the entry, by a strong tag or its date (§13.1.5)."""
+    condition = headers.get("if-range")
+    if condition is None:
+        return True
+    if condition.startswith('"'):
+        return condition == entry.first("etag")
+    date = http_date(condition)
+    return date is not None and date == http_date(entry.first("last-modified"))
+
+
+def _part(entry: Entry, ranges: str) -> View:
+    """One range of bytes (§14.2); several, or another unit, are ignored: the whole is an answer to those as well."""
+    match, size = _RANGE.fullmatch(ranges.strip()), len(entry.body)
+    if match is None or not (match[1] or match[2]) or (match[1] and match[2] and int(match[1]) > int(match[2])):
+        return View(200, entry.body)
+    if match[1]:
+        first, last = int(match[1]), min(int(match[2] or size - 1), size - 1)
+    else:
+        first, last = max(0, size - int(match[2])), size - 1
+    if first >= size or (not match[1] and int(match[2]) == 0):
+        dropped = ("content-length", "content-encoding", "content-type", "etag", "last-modified")
+        return View(416, b"", dropped, (("content-range", f"bytes */{size}"), ("content-length", "0")))
+    part = entry.body[first : last + 1]
+    added = (("content-range", f"bytes {first}-{last}/{size}"), ("content-length", str(len(part))))
+    return View(206, part, ("content-length",), added)
+
+
+def combined(headers: Headers, ours: dict[str, str]) -> dict[str, str]:
+    """The fields to send when the caller has conditions of its own and we would validate with ``ours``.
+
+    Both entity tags are sent: the origin's 304 names the one that matches. A date of the caller's is not sent beside a
+    tag of ours, which would hide it; it is compared with what is then known to be right.
+    """
+    if "if-none-match" in headers and "if-none-match" in ours:
+        theirs = headers["if-none-match"]
+        known = [opaque(tag) for tag in _TAG.findall(theirs)]
+        tags = theirs if opaque(ours["if-none-match"]) in known else f"{theirs}, {ours['if-none-match']}"
+        return {"if-none-match": tags}
+    return ours
