@@ -24,7 +24,6 @@ from __future__ import annotations
 import enum
 import secrets
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
@@ -87,8 +86,8 @@ class ClaimTable(Generic[Asker]):
     def __init__(self, timeout: float, limit: int = 10_000) -> None:
         self._timeout = timeout
         self._limit = limit
-        self._claims: OrderedDict[bytes, _Claim[Asker]] = OrderedDict()
-        self._open: OrderedDict[bytes, float] = OrderedDict()
+        self._claims: dict[bytes, _Claim[Asker]] = {}
+        self._open: dict[bytes, float] = {}
 
     def __len__(self) -> int:
         return len(self._claims)
@@ -141,13 +140,10 @@ class ClaimTable(Generic[Asker]):
 
     def expire(self, now: float) -> Told[Asker]:
         """Pass on every claim whose end has come, and forget what was open."""
-        told: Told[Asker] = []
-        while self._open and (first := next(iter(self._open.items())))[1] <= now:
-            del self._open[first[0]]
-        # All claims live equally long but adopted ones, which end earlier: they are few, and noticed a little late.
-        while self._claims and (oldest := next(iter(self._claims.items())))[1].ends <= now:
-            told += self._pass_on(*oldest, now)
-        return told
+        for key in [key for key, until in self._open.items() if until <= now]:
+            del self._open[key]
+        due = [(key, claim) for key, claim in self._claims.items() if claim.ends <= now]
+        return [told for key, claim in due for told in self._pass_on(key, claim, now)]
 
     def holders(self, before: float) -> set[Asker]:
         """Those whose claims end before ``before``: whoever has fetched for long should be seen to be alive."""
@@ -158,7 +154,6 @@ class ClaimTable(Generic[Asker]):
             del self._claims[key]
             return []
         claim.id, claim.holder, claim.ends = secrets.randbits(63), claim.waiters.pop(0), now + self._timeout
-        self._claims.move_to_end(key)
         return [(key, claim.holder, Granted(claim.id, claim.ends))]
 
     def _end(self, key: bytes, tidings: Tidings) -> Told[Asker]:
@@ -174,27 +169,38 @@ class Flights:
     def __init__(self, timeout: float, clock: Callable[[], float]) -> None:
         self._table: ClaimTable[Future[Tidings]] = ClaimTable(timeout)
         self._clock = clock
+        self._callers: dict[bytes, Hashable] = {}
         self._lock = threading.Lock()
 
-    def ask(self, key: bytes) -> Granted | Future[Tidings] | Go:
-        """The claim itself, leave to go without, or a future that will hold one of these or :class:`Look`."""
+    def ask(self, key: bytes, caller: Hashable) -> Granted | Future[Tidings] | Go:
+        """The claim itself, leave to go without, or a future that will hold one of these or :class:`Look`.
+
+        ``caller`` is the thread or task that asks: one that holds the claim already would wait for itself.
+        """
         future: Future[Tidings] = Future()
         with self._lock:
             told = self._table.expire(self._clock())
-            answer = self._table.ask(key, future, self._clock())
+            answer: Granted | Pending | Go = Go()
+            if self._callers.get(key) != caller:
+                answer = self._table.ask(key, future, self._clock())
+            if isinstance(answer, Granted):
+                self._callers[key] = caller
         self._tell(told)
         return future if isinstance(answer, Pending) else answer
 
     def release(self, key: bytes, id_: int, verdict: Verdict) -> None:
         """End the claim ``id_``; a claim that has passed to another is left alone."""
         with self._lock:
+            self._callers.pop(key, None)
             told = self._table.release(key, id_, verdict, self._clock())
         self._tell(told)
 
     def _tell(self, told: Told[Future[Tidings]]) -> None:
-        for key, future, tidings in told:
+        while told:
+            key, future, tidings = told.pop()
             try:
                 future.set_result(tidings)
             except InvalidStateError:  # it has stopped waiting: what it was granted goes to the next
                 if isinstance(tidings, Granted):
-                    self.release(key, tidings.id, Verdict.ABANDONED)
+                    with self._lock:
+                        told += self._table.release(key, tidings.id, Verdict.ABANDONED, self._clock())

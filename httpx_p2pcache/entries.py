@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Annotated
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import msgspec
 from hishel import Headers, Request
@@ -30,12 +30,9 @@ PROTOCOL = b"httpx-p2pcache/1"
 ANONYMOUS = ""
 EVERYONE = "fleet"  # the one identity of a fleet that is one user by declaration
 
-_CREDENTIAL_NAME = re.compile(r"auth|cookie|token|key|secret|session|passw|credential|otp|signature", re.IGNORECASE)
-_CREDENTIAL_PARAMETERS = re.compile(
-    r"[?&](?:access_token|api_?key|client_secret|password|private_token|secret|sig|signature|x-amz-signature"
-    r"|x-amz-security-token|x-goog-signature)=",
-    re.IGNORECASE,
-)
+_NAMES_OF_SECRETS = r"auth(?!ors?\b)|token|secret|passw|signature|api_?key|credential|session|jwt|assertion|bearer"
+_CREDENTIAL_NAME = re.compile(rf"{_NAMES_OF_SECRETS}|cookie|key|otp|dpop", re.IGNORECASE)
+_CREDENTIAL_PARAMETERS = re.compile(rf"[?&](?:[^=&]*(?:{_NAMES_OF_SECRETS})[^=&]*|key|sig|code)=", re.IGNORECASE)
 # Values of these fields may be stored and sent in clear; any other that Vary nominates becomes a keyed digest.
 _CLEAR_FIELDS = frozenset(
     {
@@ -49,6 +46,8 @@ _CLEAR_FIELDS = frozenset(
         "x-requested-with",
     }
 )
+# RFC 9110 §12.5: what is preferred is said by weights, and neither by order nor by case.
+_UNORDERED_FIELDS = frozenset({"accept", "accept-charset", "accept-encoding", "accept-language"})
 # Two requests that differ in these ask for different representations, so each has a claim of its own.
 _CLAIM_FIELDS = ("accept", "accept-language", "x-github-api-version")
 
@@ -111,11 +110,19 @@ def is_credential(field: str) -> bool:
 
 def same_origin(a: str, b: str) -> bool:
     """RFC 9110 §4.3.1: scheme, host and port agree."""
-    x, y = urlsplit(a), urlsplit(b)
     try:
+        x, y = urlsplit(a), urlsplit(b)
         return (x.scheme, x.hostname, x.port) == (y.scheme, y.hostname, y.port)
-    except ValueError:  # a port that is none
+    except ValueError:  # no URL, or a port that is none
         return False
+
+
+def resolved_url(base: str, reference: str) -> str:
+    """``reference`` as seen from ``base``, without fragment; "" for one that is no URL reference."""
+    try:
+        return urljoin(base, reference.strip()).partition("#")[0]
+    except ValueError:
+        return ""
 
 
 class Keyring:
@@ -151,11 +158,18 @@ class Keyring:
         return {name: value for name in names if (value := self.selecting_value(headers, name)) is not None}
 
     def selecting_value(self, headers: Headers, name: str) -> str | None:
-        """One request field for comparison under Vary (RFC 9111 §4.1: lines combined, white space normalised)."""
+        """One request field for comparison under Vary: "normalizing both values" (RFC 9111 §4.1).
+
+        Lines are combined and white space is taken out; of fields whose members have no order, and no case, the order
+        and the case as well.
+        """
         lines = headers.get_list(name)
         if lines is None:
             return None
-        value = ", ".join(part.strip() for line in lines for part in line.split(","))
+        members = [part.strip() for line in lines for part in line.split(",")]
+        if name in _UNORDERED_FIELDS:
+            members = sorted({member.lower().replace(" ", "") for member in members} - {""})
+        value = ", ".join(members)
         if name in _CLEAR_FIELDS:
             return value
         return hmac.digest(self._identity, f"{name}:{value}".encode(), "sha256").hex()[:32]

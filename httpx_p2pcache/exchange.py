@@ -6,7 +6,7 @@ It yields what it needs done and is sent what came of it. A sync and an async pu
 :class:`Run`              call a function that may touch the disk; sent its result
 :class:`Wait`             wait for a future; sent its result, or None if there was none in time
 :class:`Send`             send the caller's request to the origin with these fields added; sent a Reply
-:class:`Discard`          read the rest of a reply that is not passed on, so that its connection is free
+:class:`Discard`          be done with a reply that is not passed on, so that its connection is free
 ========================  ==============================================================================
 
 The way (the numbers are those of the README's "Loading process"):
@@ -28,13 +28,13 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import partial
 from typing import Any, NamedTuple
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 import hishel
 import msgspec
@@ -51,6 +51,7 @@ from httpx_p2pcache.entries import (
     cache_key,
     carries_credentials,
     claim_key,
+    resolved_url,
     same_origin,
 )
 from httpx_p2pcache.freshness import (
@@ -77,11 +78,13 @@ logger = logging.getLogger("httpx_p2pcache")
 
 _CACHEABLE = ("GET", "HEAD")
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110 §9.2.1
-_FOR_THE_ORIGIN = frozenset({"if-match", "if-unmodified-since", "upgrade"})  # a cache has no part in these
+# A cache has no part in these; and a GET with content is answered for its content, which no key knows.
+_FOR_THE_ORIGIN = frozenset({"if-match", "if-unmodified-since", "transfer-encoding", "upgrade"})
 _CONDITIONS = frozenset({"if-modified-since", "if-none-match"})
-_SPECIAL = _FOR_THE_ORIGIN | _CONDITIONS | {"cache-control", "if-range", "pragma", "range"}
+_SPECIAL = _FOR_THE_ORIGIN | _CONDITIONS | {"cache-control", "content-length", "if-range", "pragma", "range"}
 # Fields of a request that say nothing about which representation is meant, and are not sent to peers.
 _UNSELECTIVE = frozenset({"connection", "host", "content-length", "transfer-encoding", "te"})
+MAX_SELECTING = 100  # fields of a request beyond which no peer is asked
 _GITHUB_STALE_SECONDS = 86_400.0
 _OPTIONS = CacheOptions(shared=False, supported_methods=list(_CACHEABLE))
 
@@ -198,8 +201,11 @@ class Exchange:
                 best = stored
         return None if best is None else self._from_store(best, now, source="local")
 
-    def way(self, request: hishel.Request, *, background: bool = False) -> Way:
-        """The way of one request; see the module's head. ``background``: an answer may have an ``afterwards``."""
+    def way(self, request: hishel.Request, caller: Hashable, *, background: bool = False) -> Way:
+        """The way of one request of ``caller``, a thread or a task; see the module's head.
+
+        ``background``: the answer may have an ``afterwards``.
+        """
         self.stats.add("requests")
         wishes = directives(request.headers)
         if request.method not in _CACHEABLE:
@@ -207,10 +213,11 @@ class Exchange:
         if (
             "no-store" in wishes  # §5.2.1.5: nothing of this exchange is stored
             or not _FOR_THE_ORIGIN.isdisjoint(request.headers)
+            or request.headers.get("content-length", "0") != "0"
             or carries_credentials(request.url)
         ):
             return (yield from self._pass_by(request, "bypass"))
-        return (yield from _Lookup(self, request, wishes, background).way())
+        return (yield from _Lookup(self, request, wishes, background).way(caller))
 
     def _write_through(self, request: hishel.Request) -> Way:
         answer = yield from self._pass_by(request, "method")
@@ -220,7 +227,7 @@ class Exchange:
         targets = {request.url}
         for name in ("location", "content-location"):  # §4.4: of the same origin only
             for value in reply.headers.get_list(name) or ():
-                target = urljoin(request.url, value.strip()).partition("#")[0]
+                target = resolved_url(request.url, value)
                 if same_origin(target, request.url):
                     targets.add(target)
         keys = [cache_key(url) for url in sorted(targets)]
@@ -270,7 +277,8 @@ class Exchange:
         """Whether ``identity`` may have the entry as it is. Where a proof is to be had for free, it is asked for."""
         if stored.entry.identity == identity:
             return True
-        if "public" not in stored.control:  # RFC 9111 §3.5
+        control = stored.control  # RFC 9111 §3.5; what is for shared caches only, we do not weigh
+        if "public" not in control or "s-maxage" in control or "proxy-revalidate" in control:
             return False
         return identity == ANONYMOUS or not self.github.follows(stored.entry.url)
 
@@ -290,7 +298,27 @@ class _Lease:
     claim: bytes
     flight: int | None = None
     fleet: FleetClaim | None = None
+    waiting: Future[Any] | None = None  # what is being waited for, and may be granted while we give up
     settled: bool = False
+
+    def wait(self, future: Future[Any], seconds: float) -> Generator[Effect, Any, Any]:
+        """Wait for a future that may hold a claim: one that comes while we are cancelled is not lost."""
+        self.waiting = future
+        found = yield Wait(future, seconds)
+        self.waiting = None
+        return found
+
+    def give_up(self, verdict: Verdict) -> None:
+        """Settle on the way out, with what may just have been granted."""
+        future = self.waiting
+        while future is not None and not future.cancel() and not future.cancelled() and future.exception() is None:
+            granted = future.result()
+            future = granted.answer if isinstance(granted, Awaited) else None
+            if isinstance(granted, Granted):
+                self.flight = granted.id
+            elif isinstance(granted, FleetClaim):
+                self.fleet = granted
+        self.settle(verdict)
 
     def settle(self, verdict: Verdict, *, fleet: Verdict | None = None) -> None:
         if self.settled:
@@ -308,8 +336,9 @@ class _Lease:
         self.settled = True
         if self.flight is not None:
             self.exchange.flights.release(self.claim, self.flight, Verdict.PUBLISHED)
-        self.exchange.stats.add("published")
-        self.exchange.network.publish(entry, self.claim, self.fleet, refreshed=refreshed)
+        if self.exchange.network.active:
+            self.exchange.stats.add("published")
+            self.exchange.network.publish(entry, self.claim, refreshed=refreshed)
 
 
 class _Lookup:
@@ -332,7 +361,7 @@ class _Lookup:
         self.others: dict[uuid.UUID, tuple[Stored, str]] = {}  # what it may use once the origin has said 304 to a tag
         self.collapsed = False
 
-    def way(self) -> Way:
+    def way(self, caller: Hashable) -> Way:
         exchange = self.exchange
         # Where every identity can use the answer in some way, the whole fleet waits for one fetch.
         claim = claim_key(self.request, "" if self.shared else self.identity)
@@ -355,9 +384,9 @@ class _Lookup:
             if "only-if-cached" in self.wishes:  # §5.2.1.7
                 return Answer(None, None, "fwd=request; detail=only-if-cached", _caching("local"))
 
-            ticket = exchange.flights.ask(claim)
+            ticket = exchange.flights.ask(claim, caller)
             if isinstance(ticket, Future):
-                ticket = yield Wait(ticket, exchange.settings.claim_timeout)
+                ticket = yield from lease.wait(ticket, exchange.settings.claim_timeout)
                 self.collapsed = isinstance(ticket, Look)
             if isinstance(ticket, Granted):
                 lease.flight = ticket.id
@@ -376,7 +405,7 @@ class _Lookup:
                     return self._serve(state, source)
             return (yield from self._fetch(state, lease))
         except BaseException as exc:
-            lease.settle(Verdict.FAILED if isinstance(exc, Exception) else Verdict.ABANDONED)
+            lease.give_up(Verdict.FAILED if isinstance(exc, Exception) else Verdict.ABANDONED)
             raise
 
     def _look(self) -> Generator[Effect, Any, hishel.AnyState]:
@@ -399,7 +428,7 @@ class _Lookup:
             shown = [view for stored, view in zip(self.held, shown, strict=True) if not self._incomplete(stored, view)]
         self.others = {}
         if self.shared:
-            shown += self._others(found, now)
+            shown += yield Run(partial(self._others, found, now))
         return hishel.IdleClient(options=_OPTIONS).next(self.shown, shown)
 
     def _incomplete(self, stored: Stored, view: hishel.Entry) -> bool:
@@ -407,13 +436,16 @@ class _Lookup:
         state = hishel.IdleClient(options=_OPTIONS).next(self.shown, [view])
         return isinstance(state, hishel.NeedRevalidation) and may_have_grown(stored.entry)
 
+    def _own(self) -> list[Stored]:
+        return [stored for stored in self.held if stored.entry.identity == self.identity]
+
     def _others(self, found: list[Stored], now: float) -> list[hishel.Entry]:
         """Entries of other identities as the machine may see them: with the tag that they have for us, unvalidated."""
         exchange, value_of, shown = self.exchange, self.exchange._value_of(self.request), []
         for stored in found:
             if stored in self.held or not stored.matches(self.request.method, value_of, any_identity=True):
                 continue
-            etag = exchange.github.validator(self.request.headers, stored.entry)
+            etag = exchange.github.validator(self.request.headers, stored.entry, stored.memo)
             if etag is None:
                 continue
             self.others[stored.id] = stored, etag
@@ -442,7 +474,7 @@ class _Lookup:
             return None
         answer = self.exchange._from_store(stored, now, source="local")
         answer.cache_status += "; detail=stale-while-revalidate"
-        answer.afterwards = _Lookup(self.exchange, self.request, self.wishes).way()
+        answer.afterwards = _Lookup(self.exchange, self.request, self.wishes).way(object())
         return answer
 
     def _stored(self, shown: hishel.Entry) -> Stored:
@@ -460,6 +492,8 @@ class _Lookup:
         if not exchange.network.active:
             return False
         names = [name for name in self.request.headers if name not in _UNSELECTIVE]
+        if len(names) > MAX_SELECTING:
+            return False
         question = Question(
             key=self.key,
             claim=lease.claim,
@@ -470,10 +504,10 @@ class _Lookup:
             any_identity=self.shared,
         )
         until = time.monotonic() + settings.claim_timeout
-        answer = yield Wait(exchange.network.ask(question), settings.lookup_timeout)
+        answer = yield from lease.wait(exchange.network.ask(question), settings.lookup_timeout)
         while isinstance(answer, Awaited):
             self.collapsed = True
-            answer = yield Wait(answer.answer, max(0.0, until - time.monotonic()))
+            answer = yield from lease.wait(answer.answer, max(0.0, until - time.monotonic()))
         if isinstance(answer, Found):
             return True
         self.collapsed = False
@@ -535,6 +569,9 @@ class _Lookup:
             return (yield from self._freshen(state, reply, sent, lease))
         if self.request.method == "HEAD" and reply.status == 200:
             yield Run(partial(self._compare_with_head, reply, sent))
+        if reply.status in (401, 403, 404, 410) and not refuses(reply.status, reply.headers):
+            # This identity may not see it, or it is gone: nothing older is served stale afterwards.
+            yield Run(partial(exchange.store.remove, self.key, [stored.id for stored in self._own()]))
         keep = None
         if isinstance(state, hishel.StoreAndUse) and not _too_large(reply, exchange.settings.max_body_size):
             keep = Keep(self, reply, sent, lease)
@@ -568,7 +605,7 @@ class _Lookup:
                     initial_age=initial_age(storable_fields(reply.headers), sent, now),
                     received=now,
                 )
-                store.refresh(stored, entry)
+                store.refresh(stored, entry, since=sent)
             else:
                 store.remove(self.key, [stored.id])
 
@@ -590,11 +627,13 @@ class _Lookup:
         )
         fresh: Stored | None
         if other is None:
-            fresh = yield Run(partial(exchange.store.refresh, stored, entry))
+            fresh = yield Run(partial(exchange.store.refresh, stored, entry, since=sent))
         else:
             fresh = yield Run(partial(exchange.store.save, entry, since=sent))
-        fresh = fresh or stored
-        if other is not None and lease.fleet is None:
+        if fresh is None:  # it was written to meanwhile: an answer to this request, and to no other
+            lease.settle(Verdict.ABANDONED)
+            fresh = exchange.store.passing(stored, entry)
+        elif other is not None and lease.fleet is None:
             lease.settle(Verdict.PUBLISHED)  # it proves something to this identity only
         elif self.shareable(entry):
             lease.publish(entry, refreshed=True)
@@ -662,8 +701,11 @@ class _Lookup:
 
     @staticmethod
     def shareable(entry: Entry) -> bool:
-        """Whether a peer could ever use it: cookies are for one user only, and ``Vary: *`` for one request."""
-        return "set-cookie" not in entry.headers and "*" not in vary_names(entry.headers)
+        """Whether a peer may ever use it: cookies are for one user only, and ``Vary: *`` for one request."""
+        if "set-cookie" in entry.headers or "*" in vary_names(entry.headers):
+            return False
+        # For one user, and we do not see which: a client certificate, or a transport below us, says who asks.
+        return entry.identity != ANONYMOUS or "private" not in directives(entry.headers)
 
 
 class Keep:
@@ -682,13 +724,13 @@ class Keep:
         self._left -= len(chunk)
         if self._left >= 0:
             self._chunks.append(chunk)
-        elif self._chunks:
+        else:
             self._chunks = []
             self._lease.settle(Verdict.UNSTORABLE)
 
     def finish(self) -> None:
         """The body has been read to its end: saved here, then published. May touch the disk."""
-        if self._lease.settled and self._left < 0:
+        if self._left < 0:
             return
         exchange = self._lookup.exchange
         try:
@@ -718,12 +760,12 @@ def _answers_get(request: hishel.Request, reply: Reply) -> bool:
         return False
     explicit = "max-age" in directives(reply.headers) or "expires" in reply.headers
     location = reply.headers.get("content-location")
-    return explicit and location is not None and urljoin(request.url, location.strip()) == request.url
+    return explicit and location is not None and resolved_url(request.url, location) == request.url
 
 
 def _failing(reply: Reply) -> bool:
-    """Whether the origin is down, or refuses for its limits: 5xx, 429, and the 403 that GitHub sends for them."""
-    return reply.status >= 500 or refuses(reply.status, reply.headers)
+    """Whether the origin is down, or refuses for its limits."""
+    return reply.status in (500, 502, 503, 504) or refuses(reply.status, reply.headers)  # RFC 5861 §4
 
 
 def _too_large(reply: Reply, limit: int) -> bool:

@@ -21,14 +21,14 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
-from urllib.parse import parse_qs, urljoin, urlsplit
+from typing import Any, cast
+from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 from hishel import Headers
 
 from httpx_p2pcache.conditions import opaque
-from httpx_p2pcache.entries import Entry, same_origin
+from httpx_p2pcache.entries import Entry, resolved_url, same_origin
 from httpx_p2pcache.freshness import vary_names
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
@@ -36,7 +36,7 @@ from httpx_p2pcache.stats import Stats
 logger = logging.getLogger("httpx_p2pcache")
 
 BOUND_FIELDS = ("accept", "authorization", "cookie")  # in the order in which the rule hashes them
-MAX_DECODED = 64 * 1024**2  # bytes: what a body may unpack to before it is called a bomb
+MAX_DECODED = 16 * 1024**2  # bytes: what a body may unpack to before it is called a bomb
 HOST_GIVEN_UP_AFTER = 10  # failures of the rule, if they are the majority
 
 # GitHub pretty-prints JSON for these, so that their bodies are others.
@@ -88,12 +88,19 @@ class GitHub:
         place = urlsplit(url).netloc, family(url)
         return place[0] not in self._given_up and self._failed[place] <= self._held[place]
 
-    def validator(self, headers: Headers, entry: Entry) -> str | None:
-        """The entity tag that GitHub would give ``entry``'s body for a request with these fields; None: not known."""
-        body = decoded(entry)
-        if body is None or entry.status != 200 or may_have_grown(entry) or not links_stay(entry):
+    def validator(self, headers: Headers, entry: Entry, memo: dict[object, object]) -> str | None:
+        """The entity tag that GitHub would give ``entry``'s body for a request with these fields; None: not known.
+
+        ``memo`` is the entry's own: what has been computed of its body is not computed again.
+        """
+        if entry.status != 200:
             return None
-        return f'W/"{computed_etag(headers, body)}"'
+        bound = tuple(headers.get(name) for name in BOUND_FIELDS)
+        if bound not in memo:
+            body = decoded(entry)
+            usable = body is not None and not may_have_grown(entry) and links_stay(entry)
+            memo[bound] = f'W/"{computed_etag(headers, body)}"' if usable and body is not None else None
+        return cast("str | None", memo[bound])
 
     def learn(self, headers: Headers, entry: Entry) -> None:
         """A 200 of our own shows whether the rule holds."""
@@ -167,7 +174,7 @@ def may_have_grown(entry: Entry) -> bool:
 def links_stay(entry: Entry) -> bool:
     """Whether every target of ``Link`` has the entry's own origin and path family."""
     for target, _ in _LINK.findall(entry.first("link") or ""):
-        url = urljoin(entry.url, target)
+        url = resolved_url(entry.url, target)
         if not same_origin(url, entry.url) or family(url) != family(entry.url):
             return False
     return True

@@ -87,8 +87,8 @@ class PeerNetwork(Protocol):
         """One question to the key's home."""
         ...
 
-    def publish(self, entry: Entry, claim: bytes, held: FleetClaim | None, *, refreshed: bool = False) -> None:
-        """Hand an entry to the fleet, and release ``held`` by that; ``refreshed``: only its fields are new."""
+    def publish(self, entry: Entry, claim: bytes, *, refreshed: bool = False) -> None:
+        """Hand an entry to the fleet, which ends the claim by that; ``refreshed``: only its fields are new."""
         ...
 
     def release(self, claim: bytes, key: bytes, held: FleetClaim, verdict: Verdict) -> None:
@@ -107,8 +107,8 @@ class PeerNetwork(Protocol):
         """``p2p_enabled``, ``peer_id``, ``addresses``, ``connected_peers`` and ``peers``, as plain values."""
         ...
 
-    def close(self) -> None:
-        """Leave the fleet. Idempotent, from any thread."""
+    def close(self, *, at_exit: bool = False) -> None:
+        """Leave the fleet. Idempotent, from any thread; ``at_exit``: what has not even started is not waited for."""
         ...
 
     def after_fork(self) -> None:
@@ -141,7 +141,7 @@ class NoPeers:
     def ask(self, question: Question) -> Future[Answer]:  # noqa: ARG002 - the contract's signature
         return resolved(Unclaimed())
 
-    def publish(self, entry: Entry, claim: bytes, held: FleetClaim | None, *, refreshed: bool = False) -> None: ...
+    def publish(self, entry: Entry, claim: bytes, *, refreshed: bool = False) -> None: ...
 
     def release(self, claim: bytes, key: bytes, held: FleetClaim, verdict: Verdict) -> None: ...
 
@@ -153,6 +153,6 @@ class NoPeers:
     def status(self) -> dict[str, object]:
         return {"p2p_enabled": False, "peer_id": None, "addresses": [], "connected_peers": 0, "peers": []}
 
-    def close(self) -> None: ...
+    def close(self, *, at_exit: bool = False) -> None: ...
 
     def after_fork(self) -> None: ...

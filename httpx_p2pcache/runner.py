@@ -98,8 +98,8 @@ def _network(settings: Settings, store: Store, keyring: Keyring, stats: Stats, q
     return start(settings, store, keyring, stats, quotas, say_once)
 
 
-def _finish(exchange: Exchange) -> None:
-    exchange.network.close()
+def _finish(exchange: Exchange, *, at_exit: bool = False) -> None:
+    exchange.network.close(at_exit=at_exit)
     for name, count in exchange.stats.snapshot().items():
         _finished.add(name, count)
     exchange.store.close()
@@ -110,7 +110,7 @@ def _finish_all() -> None:
         exchanges = [exchange for exchange, _ in _running.values()]
         _running.clear()
     for exchange in exchanges:
-        _finish(exchange)
+        _finish(exchange, at_exit=True)
 
 
 def _after_fork() -> None:

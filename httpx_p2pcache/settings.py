@@ -73,7 +73,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(title="how stale an entry may be when the origin fails; default: 86400 for GitHub"),
     ] = None
     dir: Annotated[Path, Meta(description="a path", title="where entries are stored")] = Path("~/.cache/github_cli")
-    max_size: Annotated[Bytes, Meta(title="size of the store on disk")] = GIB
+    max_size: Annotated[Bytes, Meta(title="size of the store on disk; 0: no limit")] = GIB
     max_body_size: Annotated[Bytes, Meta(title="larger bodies stream through unstored")] = 8 * MIB
     github_hosts: Annotated[Words, Meta(title="hosts, with or without port, that follow GitHub's rules")] = (
         "api.github.com",

@@ -31,6 +31,7 @@ from httpx_p2pcache.freshness import directives, lifetime, vary_names
 logger = logging.getLogger("httpx_p2pcache")
 
 MEMORY_BYTES = 64 * 1024**2  # bodies kept decoded in memory, for all URLs of one store
+PEEK_SECONDS = 0.002  # what a look into memory may wait for a thread that writes
 TOMBSTONE_SECONDS = 3600.0  # how long an invalidation outlives a publication that was on its way
 _FILE = "p2pcache-v1.db"
 _META = ":p2pcache"
@@ -39,11 +40,12 @@ _META = ":p2pcache"
 class Stored:
     """An entry at rest, with what a hit needs prepared: nothing is parsed again while it stays in memory."""
 
-    __slots__ = ("codings", "control", "entry", "fresh_for", "id", "raw_headers", "reusable", "vary")
+    __slots__ = ("codings", "control", "entry", "fresh_for", "id", "memo", "raw_headers", "reusable", "vary")
 
     def __init__(self, id_: uuid.UUID, entry: Entry, default_ttl: float, any_coding: bool) -> None:
         self.id = id_
         self.entry = entry
+        self.memo: dict[object, object] = {}  # what was computed of it once and is needed again
         self.control = directives(entry.headers)
         fresh_for = lifetime(entry, default_ttl)
         # Whole seconds, as hishel's machine counts them.
@@ -108,7 +110,9 @@ class Store:
 
     def peek(self, key: bytes) -> list[Stored] | None:
         """What memory holds for a key, if it is still what SQLite holds; None if it has to be loaded."""
-        with self._lock:
+        if not self._lock.acquire(timeout=PEEK_SECONDS):
+            return None  # another thread writes, and may wait for another process: no event loop waits with it
+        try:
             connection = self._connection
             if connection is None:
                 return None
@@ -118,31 +122,36 @@ class Store:
                 return None
             if version != self._version:
                 self._version = version
-                self._memory.clear()
-                self._memory_bytes = 0
+                self._forget()
                 return None
             found = self._memory.get(key)
             if found is not None:
                 self._memory.move_to_end(key)
             return found
+        finally:
+            self._lock.release()
 
     def load(self, key: bytes) -> list[Stored]:
         """All entries of a cache key, of every identity; from memory where that is valid."""
         found = self.peek(key)
         if found is not None:
             return found
-        storage = self._open()
-        before = self._version
-        found = []
-        for row in storage.get_entries(key.hex()):
-            try:
-                found.append(self._prepared(row.id, _from_hishel(row)))
-            except (RuntimeError, sqlite3.Error, KeyError, ValueError):  # evicted under us, or not ours
-                storage.remove_entry(row.id)
+        # Under the lock from the first row to the last: what is remembered is what no other thread has removed since.
         with self._lock:
-            if self._version == before:
-                self._remember(key, found)
-        return found
+            storage, found = self._open(), []
+            removed_at = self._tombstones.get(key, -math.inf)
+            for row in storage.get_entries(key.hex()):
+                try:
+                    entry = _from_hishel(row)
+                except (KeyError, ValueError):  # not one of ours
+                    storage.remove_entry(row.id)
+                except (RuntimeError, sqlite3.Error):  # evicted under us
+                    continue
+                else:
+                    if entry.received - entry.initial_age > removed_at:  # else its removal has failed
+                        found.append(self._prepared(row.id, entry))
+            self._remember(key, found)
+            return found
 
     def save(self, entry: Entry, *, since: float | None = None) -> Stored | None:
         """Store an entry in the place of its predecessor; None if its URL was invalidated after ``since``.
@@ -150,11 +159,11 @@ class Store:
         ``since`` is when the origin was asked, if that is known, else when the response was received.
         """
         key = cache_key(entry.url)
-        if self._tombstones.get(key, 0.0) >= (entry.received if since is None else since):
-            return None
-        storage = self._open()
         with self._lock:
-            replaced = [s for s in self.load(key) if _same_place(s.entry, entry)]
+            storage = self._open()
+            if self._is_void(key, entry.received if since is None else since):
+                return None
+            replaced = [s for s in self.load(key) if same_place(s.entry, entry)]
             request, response = _to_hishel(entry)
             created = storage.create_entry(request, response, key.hex())
             stream = created.response.stream
@@ -168,11 +177,16 @@ class Store:
             self._remember(key, [*kept, stored])
         return stored
 
-    def refresh(self, stored: Stored, entry: Entry) -> Stored:
-        """Give a stored entry the fields and times of ``entry``, whose body is the same (RFC 9111 §3.2)."""
-        storage = self._open()
+    def refresh(self, stored: Stored, entry: Entry, *, since: float) -> Stored | None:
+        """Give a stored entry the fields and times of ``entry``, whose body is the same (RFC 9111 §3.2).
+
+        None if it was invalidated after ``since``, when the origin was asked.
+        """
         key = cache_key(entry.url)
         with self._lock:
+            storage = self._open()
+            if self._is_void(key, since):
+                return None
             _, response = _to_hishel(entry)
             storage.update_headers(stored.id, response.headers)
             fresh = self._prepared(stored.id, entry)
@@ -180,10 +194,14 @@ class Store:
             self._remember(key, [*kept, fresh])
         return fresh
 
+    def passing(self, stored: Stored, entry: Entry) -> Stored:
+        """``entry`` as if it were stored in the place of ``stored``: for one answer."""
+        return self._prepared(stored.id, entry)
+
     def remove(self, key: bytes, ids: Collection[uuid.UUID]) -> None:
         """Remove single entries of a key."""
-        storage = self._open()
         with self._lock:
+            storage = self._open()
             for id_ in ids:
                 storage.remove_entry(id_)
             if key in self._memory:
@@ -191,9 +209,9 @@ class Store:
 
     def invalidate(self, keys: list[bytes]) -> None:
         """Remove every entry of these keys, whoever's (RFC 9111 §4.4), and refuse older ones that still arrive."""
-        storage = self._open()
         now = time.time()
         with self._lock:
+            storage = self._open()
             for key in keys:
                 for stored in self.load(key):
                     storage.remove_entry(stored.id)
@@ -205,8 +223,8 @@ class Store:
 
     def keys(self, limit: int) -> list[bytes]:
         """The cache keys of up to ``limit`` entries, the latest used first."""
-        self._open()
         with self._lock:
+            self._open()
             assert self._connection is not None
             rows = self._connection.execute(
                 "SELECT DISTINCT cache_key FROM entries WHERE chunk_count IS NOT NULL AND expires_at IS NULL"
@@ -217,8 +235,8 @@ class Store:
 
     def size(self) -> tuple[int, int]:
         """Number of entries, and bytes of the database."""
-        self._open()
         with self._lock:
+            self._open()
             assert self._connection is not None
             (entries,) = self._connection.execute(
                 "SELECT count(*) FROM entries WHERE chunk_count IS NOT NULL AND expires_at IS NULL"
@@ -236,19 +254,26 @@ class Store:
                 self._storage.close()
             self._storage = self._connection = None
             self._version = -1
-            self._memory.clear()
-            self._memory_bytes = 0
+            self._forget()
+
+    def _is_void(self, key: bytes, since: float) -> bool:
+        """Whether a key was written to after ``since``."""
+        return self._tombstones.get(key, -math.inf) >= since
+
+    def _forget(self) -> None:
+        self._memory.clear()
+        self._memory_bytes = 0
 
     def _prepared(self, id_: uuid.UUID, entry: Entry) -> Stored:
         return Stored(id_, entry, self._default_ttl, self._any_coding(entry.url))
 
     def _remember(self, key: bytes, found: list[Stored]) -> None:
-        self._memory_bytes -= sum(len(s.entry.body) for s in self._memory.pop(key, ()))
+        if key in self._memory:
+            self._memory_bytes -= _size(self._memory.pop(key))
         self._memory[key] = found
-        self._memory_bytes += sum(len(s.entry.body) for s in found)
+        self._memory_bytes += _size(found)
         while self._memory_bytes > MEMORY_BYTES and len(self._memory) > 1:
-            _, dropped = self._memory.popitem(last=False)
-            self._memory_bytes -= sum(len(s.entry.body) for s in dropped)
+            self._memory_bytes -= _size(self._memory.popitem(last=False)[1])
 
     def _open(self) -> SqliteStorage:
         with self._lock:
@@ -267,7 +292,7 @@ class Store:
             return self._storage
 
     def _use(self, connection: sqlite3.Connection) -> None:
-        storage = SqliteStorage(connection=connection, max_size=self._max_size or None)
+        storage = SqliteStorage(connection=connection, max_size=self._max_size or None)  # 0: no limit
         connection.execute("PRAGMA schema_version").fetchone()  # a damaged file shows itself here
         with storage._lock:  # the schema is made now: hishel would make it in the middle of a look-up
             storage._ensure_connection()
@@ -360,7 +385,12 @@ def _accepts(accept_encoding: str | None, codings: str) -> bool:
     return all(offered.get(coding.strip(), offered.get("*", False)) for coding in codings.split(","))
 
 
-def _same_place(old: Entry, new: Entry) -> bool:
+def _size(found: list[Stored]) -> int:
+    """Bytes in memory, more or less: a key of which nothing is held is remembered as well."""
+    return 512 + sum(2048 + len(stored.entry.body) for stored in found)
+
+
+def same_place(old: Entry, new: Entry) -> bool:
     """Whether ``new`` answers what ``old`` answered: it replaces it."""
     return (old.method, old.identity, old.first("content-encoding")) == (
         new.method,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import os
 import ssl
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout  # the builtin one only from 3.11 on
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.request import getproxies, proxy_bypass
 
 import anyio
@@ -23,6 +24,9 @@ from httpx_p2pcache import runner
 from httpx_p2pcache.exceptions import ConfigurationError
 from httpx_p2pcache.exchange import Answer, Effect, Keep, Reply, Run, Send, Wait, Way
 from httpx_p2pcache.settings import Settings
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, Task
 
 logger = logging.getLogger("httpx_p2pcache")
 
@@ -53,8 +57,10 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
         self.next_transport = next_transport
         self._origins = _Origins() if next_transport is None else None
         self._exchange = runner.acquire(self.settings)
+        self._lock = threading.Lock()
+        self._released = False
         self._background: set[threading.Thread] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[Task[None]] = set()
 
     def __repr__(self) -> str:
         return f"<P2PCacheTransport dir={str(self.settings.dir)!r} p2p={self._exchange.network.active}>"
@@ -64,17 +70,19 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
         return self._exchange.describe()
 
     def wait_until_joined(self, timeout: float = 10.0) -> bool:
-        """Wait until the node has reached the peers it knows; false if it has not in ``timeout`` seconds.
+        """Wait until the node has reached the peers it knows; false if it has not in ``timeout`` seconds, or cannot.
 
         Nobody needs to call this. It is for scripts that want to share from their first request on.
         """
-        return _wait_for(self._exchange.network.joined(), timeout) is not _NOT_IN_TIME
+        _wait_for(self._exchange.network.joined(), timeout)
+        return self._exchange.network.active
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         asked = _asked(request)
         answer = self._exchange.hit(asked)
         if answer is None:
-            answer = self._pump(self._exchange.way(asked, background=True), request)
+            way = self._exchange.way(asked, threading.get_ident(), background=True)
+            answer = self._pump(way, request)
             if answer.afterwards is not None:
                 worker = threading.Thread(
                     target=self._revalidate, args=(answer.afterwards, request), name="p2pcache-revalidate", daemon=True
@@ -100,7 +108,9 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
         if answer is None:
             # trio has no place for a task that outlives its caller: there the caller waits for the revalidation.
             loop = _asyncio_loop()
-            answer = await self._async_pump(self._exchange.way(asked, background=loop is not None), request)
+            caller = anyio.get_current_task().id
+            way = self._exchange.way(asked, caller, background=loop is not None)
+            answer = await self._async_pump(way, request)
             if answer.afterwards is not None and loop is not None:
                 task = loop.create_task(self._async_revalidate(answer.afterwards, request))
                 self._tasks.add(task)
@@ -125,8 +135,12 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
             if isinstance(effect, Send):
                 return _reply(self._sync_origin(request.url).handle_request(_with(request, effect.added)))
             response: httpx.Response = effect.reply.native
-            response.read()
-            return response.close()
+            try:
+                if response.status_code == 304:  # it has no content, but its end must be read
+                    response.read()
+                return response.close()
+            except Exception:  # it is not needed any more
+                return None
 
         try:
             effect = next(way)
@@ -150,8 +164,12 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
                 origin = self._async_origin(request.url)
                 return _reply(await origin.handle_async_request(_with(request, effect.added)))
             response: httpx.Response = effect.reply.native
-            await response.aread()
-            return await response.aclose()
+            try:
+                if response.status_code == 304:
+                    await response.aread()
+                return await response.aclose()
+            except Exception:
+                return None
 
         try:
             effect = next(way)
@@ -185,15 +203,21 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
     def close(self) -> None:
         for worker in list(self._background):
             worker.join(CLOSE_SECONDS)
-        runner.release(self._exchange)
+        self._release()
         inner: Any = self._origins or self.next_transport
         if hasattr(inner, "close"):
             inner.close()
 
+    def _release(self) -> None:
+        with self._lock:
+            released, self._released = self._released, True
+        if not released:
+            runner.release(self._exchange)
+
     async def aclose(self) -> None:
         for task in list(self._tasks):
             task.cancel()
-        await anyio.to_thread.run_sync(runner.release, self._exchange)
+        await anyio.to_thread.run_sync(self._release)
         inner: Any = self._origins or self.next_transport
         if hasattr(inner, "aclose"):
             await inner.aclose()
@@ -207,6 +231,15 @@ class _Origins:
     """
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin_anew_after_fork(self) -> None:
+        # The thread that loads does not come along, a lock may be held by one that did not, connections are not ours.
+        if self._pid != os.getpid():
+            self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._sync: dict[str | None, httpx.HTTPTransport] = {}
         self._async: dict[str | None, httpx.AsyncHTTPTransport] = {}
@@ -221,6 +254,7 @@ class _Origins:
 
     def sync_for(self, url: httpx.URL) -> httpx.HTTPTransport:
         proxy = _proxy_for(url)
+        self._begin_anew_after_fork()
         with self._lock:
             if proxy not in self._sync:
                 self._sync[proxy] = httpx.HTTPTransport(verify=self._context.result(), proxy=proxy)
@@ -228,6 +262,7 @@ class _Origins:
 
     def async_for(self, url: httpx.URL) -> httpx.AsyncHTTPTransport:
         proxy = _proxy_for(url)
+        self._begin_anew_after_fork()
         with self._lock:
             if proxy not in self._async:
                 self._async[proxy] = httpx.AsyncHTTPTransport(verify=self._context.result(), proxy=proxy)
@@ -347,10 +382,14 @@ class _AsyncKeptStream(httpx.AsyncByteStream):
             await self._stream.aclose()
 
 
-def _asyncio_loop() -> asyncio.AbstractEventLoop | None:
+def _asyncio_loop() -> AbstractEventLoop | None:
     """The running asyncio loop; None under trio."""
+    asyncio = sys.modules.get("asyncio")  # not imported for our sake: it takes 30 ms
+    if asyncio is None:
+        return None
     try:
-        return asyncio.get_running_loop()
+        loop: AbstractEventLoop = asyncio.get_running_loop()
+        return loop
     except RuntimeError:
         return None
 

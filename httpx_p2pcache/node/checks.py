@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from urllib.parse import urljoin
 
 import hishel
 import msgspec
 from hishel import CacheOptions, Headers
 
-from httpx_p2pcache.entries import Entry, carries_credentials, is_credential, same_origin
+from httpx_p2pcache.entries import Entry, carries_credentials, is_credential, resolved_url, same_origin
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.freshness import http_date, machine_response, vary_names
 
@@ -47,7 +46,7 @@ def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> E
     if entry.method == "GET" and length is not None and length != str(len(entry.body)):
         raise Rejected("its body is not as long as its Content-Length says")
     for target in _PAGINATION.findall(entry.first("link") or ""):
-        if not same_origin(urljoin(entry.url, target), entry.url):
+        if not same_origin(resolved_url(entry.url, target), entry.url):
             raise Rejected("its Link leads to another origin")
     verdict = hishel.CacheMiss(
         options=CacheOptions(shared=False), request=hishel.Request(entry.method, entry.url, Headers({}))

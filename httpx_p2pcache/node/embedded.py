@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any
 
 from httpx_p2pcache.claims import Verdict
@@ -82,10 +82,10 @@ class EmbeddedNode:
             fleet.spawn(fleet.home.ask, question, future)
 
         if not self._soon(begin):
-            future.set_result(Unclaimed())
+            _settle(future, Unclaimed())
         return future
 
-    def publish(self, entry: Entry, claim: bytes, held: FleetClaim | None, *, refreshed: bool = False) -> None:  # noqa: ARG002 - a publication ends whichever claim there is
+    def publish(self, entry: Entry, claim: bytes, *, refreshed: bool = False) -> None:
         async def publish(fleet: Fleet) -> None:
             await fleet.home.publish(entry, claim, refreshed=refreshed)
 
@@ -117,7 +117,7 @@ class EmbeddedNode:
             "peers": peers,
         }
 
-    def close(self) -> None:
+    def close(self, *, at_exit: bool = False) -> None:
         with self._lock:
             self._closing = True
             token, fleet = self._token, self._fleet
@@ -126,8 +126,8 @@ class EmbeddedNode:
                 token.run_sync_soon(fleet.stopping.set)
             except RuntimeError:  # it has ended by itself
                 pass
-        # While it still imports libp2p there is nothing to stop: it sees that it is closing, and ends.
-        if self._thread is not threading.current_thread():
+        # A node that still imports libp2p sees that it is closing, and ends; a process that exits need not wait for it.
+        if self._thread is not threading.current_thread() and not (at_exit and token is None):
             self._thread.join(CLOSE_SECONDS)
         self._give_up()
 
@@ -164,11 +164,9 @@ class EmbeddedNode:
 
     def _give_up(self) -> None:
         """Nobody waits for a node that is gone."""
-        if not self._joined.done():
-            self._joined.set_result(None)
+        _settle(self._joined, None)
         for future in list(self._open):
-            if not future.done():
-                future.set_result(Unclaimed())
+            _settle(future, Unclaimed())
 
     def _run(self) -> None:
         try:
@@ -204,10 +202,17 @@ class EmbeddedNode:
 
         async def say_joined() -> None:
             await fleet.joined.wait()
-            if not self._joined.done():
-                self._joined.set_result(None)
+            _settle(self._joined, None)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(say_joined)
             await fleet.run(started)
             nursery.cancel_scope.cancel()
+
+
+def _settle(future: Future[Any], result: object) -> None:
+    """Set a result unless there is one, or nobody waits any more."""
+    try:
+        future.set_result(result)
+    except InvalidStateError:
+        pass

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -23,9 +23,10 @@ from httpx_p2pcache.node.discovery import Discovery, Sighting
 from httpx_p2pcache.node.discovery.registry import Registry
 from httpx_p2pcache.node.discovery.static import StaticPeers
 from httpx_p2pcache.node.home import Home
-from httpx_p2pcache.node.host import Host, announced, is_loopback
+from httpx_p2pcache.node.host import Host, announced, is_loopback, reset
 from httpx_p2pcache.node.members import Link, Member
 from httpx_p2pcache.node.protocol import FRAME_OVERHEAD, Introduce, Inventory, Message, Ready, admit
+from httpx_p2pcache.node.worker import Worker
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
@@ -42,6 +43,10 @@ BACK_OFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 SILENCE_SECONDS = 5.0  # after which a member is asked whether it is still there
 URGENT_SECONDS = 1.0  # the same while somebody waits for it
 PING_SECONDS = 2.0
+FORGET_SECONDS = 60.0  # after which a peer that cannot be reached, and is not seen any more, is forgotten
+DIALS_AT_ONCE = 32
+MAX_CANDIDATES = 2000
+MAX_HOLDS = 1000  # cache keys in an inventory, the latest used
 FAREWELL_SECONDS = 0.8  # for publications that are under way when we leave
 
 Result = TypeVar("Result")
@@ -54,6 +59,7 @@ class _Candidate:
     peer_id: ID
     addresses: list[str]
     how: str
+    seen: float = field(default_factory=trio.current_time)
     failures: int = 0
     next_try: float = 0.0
     dialling: bool = False
@@ -80,7 +86,7 @@ class Fleet:
         self._candidates: dict[ID, _Candidate] = {}
         self._changed = trio.Event()
         self._called_ready: set[ID] = set()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="p2pcache-disk")
+        self._worker = Worker("p2pcache-disk")
         self._discoveries: list[Discovery] = [
             StaticPeers(self.settings.bootstrap_peers),
             Registry(self.settings.peer_registry or self.settings.dir / "peers", self.keyring, self.settings.peer_ttl),
@@ -108,7 +114,7 @@ class Fleet:
                         for discovery in self._discoveries:
                             await self._tried(discovery, discovery.withdraw)
         finally:
-            self._worker.shutdown(wait=False, cancel_futures=True)
+            self._worker.stop()
 
     def spawn(self, func: Callable[..., Awaitable[None]], *args: Any) -> None:
         """Run ``func`` in the background; if it fails that costs its own purpose and nothing else."""
@@ -120,7 +126,10 @@ class Fleet:
                 self.stats.add("peer_failures")
                 logger.debug("%s has failed: %r", func.__name__, exc, exc_info=True)
 
-        self.nursery.start_soon(run)
+        try:
+            self.nursery.start_soon(run)
+        except RuntimeError:  # we have left already
+            logger.debug("%s came too late", func.__name__)
 
     async def in_worker(self, func: Callable[[], Result]) -> Result:
         """``func()`` in the node's one worker thread: what touches the disk must not hold up the loop."""
@@ -147,8 +156,14 @@ class Fleet:
             for discovery in self._discoveries:
                 for sighting in await self._tried(discovery, discovery.find) or ():
                     self.sighted(sighting)
-            await self._dial_due()
-            if not self.joined.is_set():
+            due = self._due()
+            if self.joined.is_set():
+                for candidate in due:
+                    self.spawn(self._dial, candidate)
+            else:
+                async with trio.open_nursery() as nursery:
+                    for candidate in due:
+                        nursery.start_soon(self._dial, candidate)
                 await self._get_ready()
             forming = trio.current_time() - began < FORMING_SECONDS
             self._changed = trio.Event()
@@ -176,19 +191,28 @@ class Fleet:
         if peer_id == self.host.id or not sighting.addresses:
             return
         known = self._candidates.get(peer_id)
+        if known is None and len(self._candidates) >= MAX_CANDIDATES:
+            return
         if known is None:
             self._candidates[peer_id] = _Candidate(peer_id, list(sighting.addresses), sighting.how)
             self._changed.set()
         else:
-            known.addresses = list(sighting.addresses)
+            known.addresses, known.seen = list(sighting.addresses), trio.current_time()
 
-    async def _dial_due(self) -> None:
-        """Dial everybody who is due, at once; returns when each is connected or given up for now."""
+    def _due(self) -> list[_Candidate]:
+        """Whom to dial now. Who has failed often, and is not seen any more, is forgotten."""
         now = trio.current_time()
-        async with trio.open_nursery() as nursery:
-            for candidate in list(self._candidates.values()):
-                if candidate.peer_id not in self.members and not candidate.dialling and candidate.next_try <= now:
-                    nursery.start_soon(self._dial, candidate)
+        for candidate in list(self._candidates.values()):
+            gone = candidate.failures > len(BACK_OFF_SECONDS) and now - candidate.seen > FORGET_SECONDS
+            if gone and candidate.peer_id not in self.members and candidate.how != "bootstrap":
+                del self._candidates[candidate.peer_id]
+                self.host.forget(candidate.peer_id)
+        found = [
+            candidate
+            for candidate in self._candidates.values()
+            if candidate.peer_id not in self.members and not candidate.dialling and candidate.next_try <= now
+        ]
+        return found[:DIALS_AT_ONCE]
 
     async def _dial(self, candidate: _Candidate) -> None:
         candidate.dialling = True
@@ -208,9 +232,7 @@ class Fleet:
             candidate.failures += 1
             candidate.next_try = trio.current_time() + wait
             if stream is not None:
-                await _reset(stream)
-            if candidate.failures > len(BACK_OFF_SECONDS) and candidate.how != "bootstrap":
-                self._candidates.pop(candidate.peer_id, None)  # whoever still sees it will say so
+                await reset(stream)
         else:
             candidate.failures = 0
         finally:
@@ -224,7 +246,7 @@ class Fleet:
         except Exception as exc:
             logger.debug("a peer was not admitted: %r", exc)
             self.stats.add("rejected")
-            await _reset(stream)
+            await reset(stream)
             return
         link = Link(stream, peer_id, self._frame_limit)
         known = self._candidates.get(peer_id)
@@ -253,16 +275,18 @@ class Fleet:
 
         async def introduce() -> None:
             members = [(m.peer_id.to_bytes(), m.addresses[:16]) for m in self.members.values() if m.addresses]
-            await link.send(Introduce(self.addresses[:16], socket.gethostname(), members[:1000]))
+            takes = self.settings.max_body_size
+            await link.send(Introduce(self.addresses[:16], socket.gethostname(), members[:1000], takes))
 
         async def handle(link: Link, message: Message) -> None:
             if isinstance(message, Introduce):
                 self._introduced(link, message, how, addresses)
             elif isinstance(message, Ready):
+                holds = await self.in_worker(partial(self.store.keys, MAX_HOLDS))
                 # One step: what is under way is noted at the very moment in which the member becomes a home.
-                self.members[link.peer_id].ready = True
-                fetching = self.home.fetching()
-                await link.send(Inventory(message.call, await self.in_worker(self._holds), fetching))
+                if link.peer_id in self.members:
+                    self.members[link.peer_id].ready = True
+                await link.send(Inventory(message.call, holds, self.home.fetching()))
             else:
                 await self.home.handle(link, message)
 
@@ -278,7 +302,9 @@ class Fleet:
         member = self.members.get(link.peer_id)
         if member is None:
             member = self.members[link.peer_id] = Member(link.peer_id, how, reachable)
-        member.links.append(link)
+        if link not in member.links:
+            member.links.append(link)
+        member.takes = said.takes
         link.introduced.set()
         self.sighted(Sighting(peer_id=link.peer_id.to_bytes(), addresses=tuple(reachable), how=how))
         for peer_id, theirs in said.members:
@@ -306,9 +332,6 @@ class Fleet:
             return
         if isinstance(answer, Inventory):
             self.home.told(member.peer_id, answer)
-
-    def _holds(self) -> list[bytes]:
-        return self.store.keys(1000)
 
     async def settled(self, timeout: float) -> None:
         """Wait until we have been told what the others hold and fetch: before that a home cannot decide well."""
@@ -375,11 +398,3 @@ class Fleet:
                 candidate = self._candidates.get(peer_id)
                 if now - since > ADMISSION_SECONDS and not (candidate and candidate.dialling):
                     self.spawn(self.host.disconnect, peer_id)
-
-
-async def _reset(stream: Any) -> None:
-    with trio.CancelScope(shield=True), trio.move_on_after(0.5):
-        try:
-            await stream.reset()
-        except Exception:  # noqa: S110 - it is being thrown away
-            pass

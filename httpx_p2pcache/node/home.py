@@ -46,7 +46,6 @@ from httpx_p2pcache.node.protocol import (
     Inventory,
     Message,
     Nothing,
-    Ping,
     Publish,
     Published,
     Push,
@@ -55,7 +54,7 @@ from httpx_p2pcache.node.protocol import (
     Wait,
 )
 from httpx_p2pcache.quota import Quota
-from httpx_p2pcache.store import Stored
+from httpx_p2pcache.store import Stored, same_place
 
 if TYPE_CHECKING:
     from httpx_p2pcache.node.fleet import Fleet
@@ -64,6 +63,18 @@ logger = logging.getLogger("httpx_p2pcache")
 
 MAX_HOMES = 3  # asked in turn, when one after another is lost while we wait there
 MAX_HINTS = 20_000  # cache keys of which we know who holds them
+
+
+class _Fetch(NamedTuple):
+    """A claim that this node has: until when (the loop's time), and from whom."""
+
+    id: int
+    ends: float
+    granter: ID
+
+
+class _BodyMissing(Exception):
+    """An entry came without its body, as we should hold it: but we do not."""
 
 
 class Asker(NamedTuple):
@@ -85,7 +96,7 @@ class Home:
         self._fleet = fleet
         self._claims: ClaimTable[Asker] = ClaimTable(fleet.settings.claim_timeout)
         self._hints: OrderedDict[bytes, ID] = OrderedDict()
-        self._fetching: dict[bytes, tuple[int, float]] = {}
+        self._fetching: dict[bytes, _Fetch] = {}
         self._waiting_at: dict[int, ID] = {}
         self._own_calls = 0
         self._publishing = 0
@@ -95,17 +106,14 @@ class Home:
 
     async def ask(self, question: Question, future: Future[Answer]) -> None:
         """Answer ``future``, and the futures that it may lead to, as :class:`network.PeerNetwork` promises."""
-        current: Future[Answer] | None = future
         try:
             for _ in range(MAX_HOMES):
                 home = self._home_of(question.key)
-                if home is None:
-                    current = await self._ask_here(question, future)
-                else:
-                    current = await self._ask_there(home, question, future)
-                if current is None:
+                asked = self._ask_here(question, future) if home is None else self._ask_there(home, question, future)
+                later = await asked
+                if later is None:
                     return
-                future = current  # the home was lost while we waited there: the next one knows, or decides anew
+                future = later  # the home was lost while we waited there: the next one knows, or decides anew
         except OSError:
             self._fleet.stats.add("peer_failures")
         finally:
@@ -150,25 +158,25 @@ class Home:
             elif isinstance(answer, Granted):
                 if answer.sealed:
                     await self._received(question.key, answer.sealed, answer.resident)
-                self._granted(future, question, answer.id)
+                self._granted(future, question, answer.id, home.peer_id)
             else:
                 self._resolve(future, Unclaimed(), question)
         return None
 
-    async def _ask_here(self, question: Question, future: Future[Answer]) -> Future[Answer] | None:
+    async def _ask_here(self, question: Question, future: Future[Answer]) -> None:
         """The same question where we are the home ourselves."""
         await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
         stored = await self._find(question)
         if stored is not None and stored.fresh(time.time()):
             self._resolve(future, network.Found(), question)
-            return None
+            return
         self._own_calls += 1
         later: Future[Answer] = Future()
         done = trio.Event()
 
         def tell(tidings: Tidings) -> None:
             if isinstance(tidings, ClaimGranted):
-                self._granted(later, question, tidings.id)
+                self._granted(later, question, tidings.id, self._fleet.host.id)
             else:
                 self._resolve(later, network.Found() if isinstance(tidings, Look) else Unclaimed(), question)
             done.set()
@@ -176,7 +184,7 @@ class Home:
         asker = Asker(self._fleet.host.id, self._own_calls, question, tell)
         answer = self._claims.ask(question.claim, asker, trio.current_time())
         if isinstance(answer, ClaimGranted):
-            self._granted(future, question, answer.id)
+            self._granted(future, question, answer.id, self._fleet.host.id)
         elif isinstance(answer, Pending):
             self._resolve(future, Awaited(later), question)
             with trio.move_on_after(self._fleet.settings.claim_timeout):
@@ -184,11 +192,11 @@ class Home:
             self._resolve(later, Unclaimed(), question)
         else:
             self._resolve(future, Unclaimed(), question)
-        return None
+        return
 
-    def _granted(self, future: Future[Answer], question: Question, id_: int) -> None:
+    def _granted(self, future: Future[Answer], question: Question, id_: int, granter: ID) -> None:
         ends = trio.current_time() + self._fleet.settings.claim_timeout
-        self._fetching[question.claim] = id_, ends
+        self._fetching[question.claim] = _Fetch(id_, ends, granter)
         self._resolve(future, FleetClaim(id_), question)
 
     def _resolve(self, future: Future[Answer], answer: Answer, question: Question) -> None:
@@ -201,18 +209,20 @@ class Home:
             pass
         if isinstance(answer, FleetClaim):
             self._fleet.spawn(self.release, question.claim, question.key, answer.id, Verdict.ABANDONED)
+        elif isinstance(answer, Awaited):
+            answer.answer.cancel()  # who gave up waiting for this one does not wait for the next
 
     async def release(self, claim: bytes, key: bytes, id_: int, verdict: Verdict) -> None:
-        """This node's claim has ended without an entry."""
-        self._fetching.pop(claim, None)
+        """This node's claim has ended without an entry: told to who granted it, and to who is the home by now."""
+        held = self._fetching.pop(claim, None)
+        self._tell(self._claims.release(claim, id_, verdict, trio.current_time()))
         home = self._home_of(key)
-        if home is None:
-            self._tell(self._claims.release(claim, id_, verdict, trio.current_time()))
-            return
-        try:
-            await home.link.send(Release(claim, id_, verdict))
-        except OSError:
-            self._fleet.stats.add("peer_failures")
+        granter = None if held is None else self._fleet.members.get(held.granter)
+        for member in {m.peer_id: m for m in (home, granter) if m is not None}.values():
+            try:
+                await member.link.send(Release(claim, id_, verdict))
+            except OSError:
+                self._fleet.stats.add("peer_failures")
 
     async def publish(self, entry: Entry, claim: bytes, *, refreshed: bool) -> None:
         """This node has fetched or refreshed ``entry``: the home first, which serves those who wait, then the rest."""
@@ -224,12 +234,15 @@ class Home:
         whole = self._fleet.keyring.seal_entry(entry)
         light = self._fleet.keyring.seal_entry(msgspec.structs.replace(entry, body=b"")) if refreshed else whole
         home = self._home_of(key)
+        if home is not None and len(entry.body) > home.takes:
+            home = None
         self._publishing += 1
         try:
-            served = set() if home is None else await self._publish_at(home, key, claim, [light, whole], made)
+            forms = [light, whole] if refreshed else [whole]
+            served = set() if home is None else await self._publish_at(home, key, claim, forms, made)
             async with trio.open_nursery() as nursery:
                 for member in list(self._fleet.members.values()):
-                    if member.peer_id.to_bytes() not in served:
+                    if member.peer_id.to_bytes() not in served and len(entry.body) <= member.takes:
                         nursery.start_soon(self._push, member, key, claim, light, made)
         finally:
             self._publishing -= 1
@@ -249,7 +262,7 @@ class Home:
             except OSError:
                 self._fleet.stats.add("peer_failures")
                 break
-            if isinstance(answer, Published) and answer.held:
+            if isinstance(answer, Published) and answer.enough:
                 return {home.peer_id.to_bytes(), *answer.served}
         return {home.peer_id.to_bytes()}
 
@@ -279,8 +292,10 @@ class Home:
                 for member in list(self._fleet.members.values()):
                     nursery.start_soon(tell, member)
         finally:
-            if not future.done():
+            try:
                 future.set_result(None)
+            except InvalidStateError:  # the writer has gone on already
+                pass
 
     async def tell_quota(self, quota: Quota) -> None:
         """Let every member know."""
@@ -296,7 +311,8 @@ class Home:
         elif isinstance(message, Publish):
             await self._published(link, message)
         elif isinstance(message, Push):
-            if await self._received(message.key, message.sealed, message.resident) is not None:
+            stored = await self._received(message.key, message.sealed, message.resident)
+            if stored is not None:
                 self._tell(self._claims.release(message.claim, None, Verdict.PUBLISHED, trio.current_time()))
         elif isinstance(message, Release):
             told = self._claims.release(message.claim, message.id, message.verdict, trio.current_time())
@@ -306,14 +322,14 @@ class Home:
             await link.send(Done(message.call))
         elif isinstance(message, TellQuota):
             self._fleet.quotas.merge(message.quota, time.time())
-        elif isinstance(message, Ping):
-            await link.send(Done(message.call))
+        elif isinstance(message, Granted):  # to one of us who has given up
+            await link.send(Release(message.claim, message.id, Verdict.ABANDONED))
 
     async def _asked(self, link: Link, message: Ask) -> None:
         question, call = message.question, message.call
         if not message.forwarded:
             await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
-        stored = await self._find(question, forwarded=message.forwarded)
+        stored = await (self._select(question) if message.forwarded else self._find(question))
         now = time.time()
         if stored is not None and stored.fresh(now):
             await link.send(Found(call, self._sealed(stored, question), max(0.0, now - stored.entry.received)))
@@ -339,12 +355,16 @@ class Home:
         if stale is not None and stale.entry.digest != question.holds:
             sealed = self._fleet.keyring.seal_entry(stale.entry)
             resident = max(0.0, time.time() - stale.entry.received)
-        await link.send(Granted(call, id_, sealed, resident))
+        try:
+            await link.send(Granted(call, question.claim, id_, sealed, resident))
+        except OSError:
+            self._tell(self._claims.release(question.claim, id_, Verdict.ABANDONED, trio.current_time()))
+            raise
 
     async def _deliver(self, link: Link, call: int, question: Question, tidings: Tidings) -> None:
         """What a member waits for has been decided."""
         try:
-            stored = await self._find(question, forwarded=True)
+            stored = await self._select(question)
             if isinstance(tidings, ClaimGranted):
                 await self._grant(link, call, question, tidings.id, stored)
             elif isinstance(tidings, Look) and stored is not None:
@@ -353,21 +373,25 @@ class Home:
             else:
                 await link.send(Nothing(call))
         except OSError:
-            pass  # it is gone; its claim, if it was granted one, is passed on when its link is
+            pass  # it is gone: a claim that it was granted has been passed on
 
     async def _published(self, link: Link, message: Publish) -> None:
-        stored = await self._received(message.key, message.sealed, message.resident)
-        told: Told[Asker] = []
-        if stored is not None:
-            told = self._claims.release(message.claim, None, Verdict.PUBLISHED, trio.current_time())
-            self._tell(told)
-        served = [asker.peer_id.to_bytes() for _, asker, _ in told]
-        await link.send(Published(message.call, served[:1000], stored is not None))
+        try:
+            stored = await self._received(message.key, message.sealed, message.resident, missing_ok=False)
+        except _BodyMissing:
+            await link.send(Published(message.call, [], False))
+            return
+        # What is not believed here will not be believed a second time: who waits goes on.
+        verdict = Verdict.UNSTORABLE if stored is None else Verdict.PUBLISHED
+        told = self._claims.release(message.claim, None, verdict, trio.current_time())
+        self._tell(told)
+        served = [] if stored is None else [asker.peer_id.to_bytes() for _, asker, _ in told]
+        await link.send(Published(message.call, served[:1000], True))
 
-    async def _find(self, question: Question, *, forwarded: bool = False) -> Stored | None:
+    async def _find(self, question: Question) -> Stored | None:
         """The entry that helps an asker most: from the store, else from the member that is known to hold it."""
         stored = await self._select(question)
-        if (stored is not None and stored.fresh(time.time())) or forwarded:
+        if stored is not None and stored.fresh(time.time()):
             return stored
         holder = self._fleet.members.get(self._hints.get(question.key, self._fleet.host.id))
         if holder is None or holder.suspect:
@@ -405,8 +429,11 @@ class Home:
             entry = msgspec.structs.replace(entry, body=b"")
         return self._fleet.keyring.seal_entry(entry)
 
-    async def _received(self, key: bytes, sealed: bytes, resident: float) -> Stored | None:
-        """An entry from a peer, checked and stored; None if it is not believed, not whole, or no longer valid."""
+    async def _received(self, key: bytes, sealed: bytes, resident: float, *, missing_ok: bool = True) -> Stored | None:
+        """An entry from a peer, checked and stored; None if it is not believed, not whole, or no longer valid.
+
+        Raises ``_BodyMissing`` for one that is not whole unless ``missing_ok``.
+        """
         fleet = self._fleet
         try:
             entry = fleet.keyring.open_entry(sealed, key)
@@ -415,6 +442,8 @@ class Home:
                 held = await fleet.in_worker(partial(fleet.store.load, key))
             if not entry.body and entry.digest != EMPTY:
                 body = next((s.entry.body for s in held if s.entry.digest == entry.digest), None)
+                if body is None and not missing_ok:
+                    raise _BodyMissing
                 if body is None:
                     return None
                 entry = msgspec.structs.replace(entry, body=body)
@@ -425,11 +454,13 @@ class Home:
             fleet.stats.add("rejected")
             return None
         for stored in held:
-            same = stored.entry.identity == entry.identity and stored.entry.digest == entry.digest
-            if same and stored.entry.selecting == entry.selecting and stored.entry.age(now) <= entry.age(now) + 1:
-                return stored  # it has come by another way already
+            # It has come by another way already, or a newer one has.
+            slack = 1.0 if stored.entry.digest == entry.digest else 0.0
+            if same_place(stored.entry, entry) and stored.entry.age(now) <= entry.age(now) + slack:
+                return stored
         fleet.stats.add("received")
-        return await fleet.in_worker(partial(fleet.store.save, entry))
+        # Its age is counted from when the origin was asked: what was written since then makes it void.
+        return await fleet.in_worker(partial(fleet.store.save, entry, since=now - entry.initial_age))
 
     def _tell(self, told: Told[Asker]) -> None:
         for _, asker, tidings in told:
@@ -445,7 +476,7 @@ class Home:
         """Claims whose end has come pass on."""
         now = trio.current_time()
         self._tell(self._claims.expire(now))
-        self._fetching = {claim: held for claim, held in self._fetching.items() if held[1] > now}
+        self._fetching = {claim: held for claim, held in self._fetching.items() if held.ends > now}
 
     def waited_for(self) -> set[ID]:
         """Members that somebody waits for: homes that owe us an answer, and those who fetch for us for a second."""
@@ -455,7 +486,7 @@ class Home:
     def fetching(self) -> list[tuple[bytes, int, float]]:
         """The fleet's claims that this node has: claim key, id, seconds left."""
         now = trio.current_time()
-        return [(claim, id_, ends - now) for claim, (id_, ends) in self._fetching.items() if ends > now][:1000]
+        return [(claim, held.id, held.ends - now) for claim, held in self._fetching.items() if held.ends > now][:1000]
 
     def told(self, peer_id: ID, said: Inventory) -> None:
         """What a member holds and fetches: we may be the home of it now."""

@@ -9,6 +9,7 @@ import os
 import secrets
 import socket
 import tempfile
+import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -28,6 +29,8 @@ from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
 from httpx_p2pcache.node.protocol import PROTOCOL_ID
+
+logger = logging.getLogger("httpx_p2pcache")
 
 PORTS_TRIED = 100  # after the one asked for; then any
 CLOSE_SECONDS = 1.0
@@ -53,7 +56,7 @@ class Host:
         self._swarm.retry_config = RetryConfig(max_retries=0)
         self._swarm.set_resource_manager(None)  # it leaks a slot per cancelled dial: the limits are ours
         self._locks: dict[ID, trio.Lock] = {}
-        self._sockets: set[int] = set()
+        self._raw: weakref.WeakSet[Any] = weakref.WeakSet()
         self._wrap_inbound_upgrade()
         self.id: ID = self._host.get_id()
 
@@ -61,24 +64,44 @@ class Host:
             await on_stream(stream, stream.muxed_conn.peer_id)
 
         self._host.set_stream_handler(TProtocol(PROTOCOL_ID), accept)
+        self._guard_streams()
+
+    def _guard_streams(self) -> None:
+        # What a stranger writes before a protocol is agreed on can raise anything, through the swarm and our own loop.
+        handle = self._swarm.common_stream_handler
+
+        async def guarded(stream: Any) -> None:
+            try:
+                await handle(stream)
+            except Exception as exc:
+                logger.debug("a stream has failed: %s", type(exc).__name__)
+                await reset(stream)
+
+        self._swarm.set_stream_handler(guarded)
 
     def _wrap_inbound_upgrade(self) -> None:
         # An inbound connection never gives its slot back (deaf after 250 in all): its handler must outlive it.
-        upgrade = self._swarm.upgrade_inbound_raw_conn
+        inbound, outbound = self._swarm.upgrade_inbound_raw_conn, self._swarm.upgrade_outbound_raw_conn
 
         async def upgrade_and_stay(raw: Any, address: Any) -> Any:
-            connection = await upgrade(raw, address)
+            self._raw.add(raw)
+            connection = await inbound(raw, address)
             await connection.event_closed.wait()
             raise SwarmException("closed")
 
+        async def upgrade(raw: Any, *arguments: Any) -> Any:
+            self._raw.add(raw)
+            return await outbound(raw, *arguments)
+
         self._swarm.upgrade_inbound_raw_conn = upgrade_and_stay
+        self._swarm.upgrade_outbound_raw_conn = upgrade
 
     @contextlib.asynccontextmanager
     async def listening(self, address: str, port: int) -> AsyncIterator[int]:
         """Listen on ``port`` of ``address``, or on the next free one; yields the port. Leaves nothing open."""
         ip = "ip6" if ":" in address else "ip4"
         async with contextlib.AsyncExitStack() as stack:
-            with _port_lock():
+            async with _port_lock():
                 chosen = _free_port(address, port)
                 await stack.enter_async_context(self._host.run([Multiaddr(f"/{ip}/{address}/tcp/{chosen}")]))
             try:
@@ -137,17 +160,28 @@ class Host:
             except Exception:  # noqa: S110 - it is being closed: how it fails to be does not matter
                 pass
 
+    def forget(self, peer_id: ID) -> None:
+        """It is not dialled any more."""
+        self._locks.pop(peer_id, None)
+
     def connected(self) -> list[ID]:
         """Everybody with a connection to us, members or not."""
         return list(self._swarm.connections)
 
     def sockets(self) -> list[int]:
-        """The file descriptors of the listening sockets, which a forked child has to close."""
-        return [
-            listener.socket.fileno()
-            for transport in self._swarm.listeners.values()
-            for listener in getattr(transport, "listeners", ())
-        ]
+        """The file descriptors of all our sockets: a forked child has to close them, or peers never see them end."""
+        found = [one for many in self._swarm.listeners.values() for one in getattr(many, "listeners", ())]
+        found += [getattr(getattr(raw, "stream", None), "stream", None) for raw in self._raw]
+        return [one.socket.fileno() for one in found if hasattr(one, "socket") and one.socket.fileno() >= 0]
+
+
+async def reset(stream: Any) -> None:
+    """Throw a stream away."""
+    with trio.CancelScope(shield=True), trio.move_on_after(0.5):
+        try:
+            await stream.reset()
+        except Exception:  # noqa: S110 - how it fails to be reset does not matter
+            pass
 
 
 def announced(address: str, port: int) -> list[str]:
@@ -185,19 +219,27 @@ def _free_port(address: str, port: int) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _port_lock() -> Any:
-    """One process of this user at a time looks for a port and takes it: only those could share one by mistake."""
+@contextlib.asynccontextmanager
+async def _port_lock() -> AsyncIterator[None]:
+    """One process of this user at a time looks for a port and takes it: only those could share one by mistake.
+
+    Who cannot have the lock within a second goes on without: then two that start at once may meet, and nothing else.
+    """
     try:
         import fcntl
 
         path = os.path.join(tempfile.gettempdir(), f"p2pcache-port-{os.getuid()}.lock")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except (ImportError, OSError):  # then two that start in the same millisecond may meet; nothing else is lost
+    except (ImportError, OSError):
         yield
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for _ in range(100):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                await trio.sleep(0.01)
         yield
     finally:
         os.close(descriptor)

@@ -16,6 +16,8 @@ from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.node.protocol import (
     ANSWERS,
     Answering,
+    Done,
+    Granted,
     Introduce,
     Message,
     Ping,
@@ -100,8 +102,10 @@ class Link:
                 while True:
                     message = unpack(await read_frame(self._stream, self._limit))
                     self.heard = trio.current_time()
-                    if isinstance(message, ANSWERS):
-                        self._answered(message)
+                    if isinstance(message, ANSWERS) and self._answered(message):
+                        continue
+                    if isinstance(message, Ping):  # answered whatever else is under way
+                        await self.send(Done(message.call))
                         continue
                     if isinstance(message, Introduce):  # what is said after it depends on it
                         await handle(self, message)
@@ -114,13 +118,16 @@ class Link:
                 nursery.cancel_scope.cancel()
                 await self.close()
 
-    def _answered(self, answer: Answering) -> None:
+    def _answered(self, answer: Answering) -> bool:
+        """Whether somebody took the answer; what was granted to one who has given up is given back by the handler."""
         channel = self._pending.get(answer.call)
-        if channel is not None:  # else nobody waits any longer
-            try:
-                channel.send_nowait(answer)
-            except trio.WouldBlock:
-                raise Rejected("more answers than a call can have") from None
+        if channel is None:
+            return not isinstance(answer, Granted)
+        try:
+            channel.send_nowait(answer)
+        except trio.WouldBlock:
+            raise Rejected("more answers than a call can have") from None
+        return True
 
     def forget(self, number: int) -> None:
         channel = self._pending.pop(number, None)
@@ -181,16 +188,19 @@ class Member:
     since: float = field(default_factory=time.time)
     rtt: float | None = None
     ready: bool = False  # it knows the others, and is home to its keys
+    takes: int = 0  # bytes of the largest body that it stores
     suspect: bool = False  # it has not answered in time: not asked again until it is heard of
 
     @property
     def link(self) -> Link:
-        """The link to use: the oldest that is open, so that frames stay in order."""
+        """The link to use: the oldest that is open, so that frames stay in order. Raises OSError when it is gone."""
+        if not self.links:
+            raise OSError("the peer is gone")
         return self.links[0]
 
     def heard(self) -> float:
         """When it was last heard of, in the loop's time."""
-        return max(link.heard for link in self.links)
+        return max((link.heard for link in self.links), default=0.0)
 
     def describe(self) -> dict[str, object]:
         """As ``status`` shows it: plain values, the round trip in milliseconds."""

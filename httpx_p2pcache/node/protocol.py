@@ -37,7 +37,7 @@ from httpx_p2pcache.quota import Quota
 PROTOCOL_ID = "/httpx-p2pcache/1"
 VERSION = 1
 ADMISSION_FRAME = 256  # bytes: all that is read from somebody who is not admitted
-FRAME_OVERHEAD = 64 * 1024  # what a frame may be longer than the largest body
+FRAME_OVERHEAD = 256 * 1024  # what a frame may be longer than the largest body
 
 Call = Annotated[int, Meta(ge=0, le=2**53)]
 Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -60,11 +60,12 @@ class Proof(_Frame):
 
 
 class Introduce(_Frame):
-    """Who I am and whom I know."""
+    """Who I am, whom I know, and what I take."""
 
     addresses: Annotated[list[Address], Meta(max_length=16)]
     host: Annotated[str, Meta(max_length=256)]
     members: Annotated[list[tuple[PeerBytes, list[Address]]], Meta(max_length=1000)]
+    takes: Annotated[int, Meta(ge=0)]  # bytes of the largest body that I store
 
 
 class Ready(_Frame):
@@ -99,6 +100,7 @@ class Granted(_Frame):
     """The claim ``id`` is yours; ``sealed`` a stale entry worth validating, b"" for none."""
 
     call: Call
+    claim: ClaimKey
     id: int
     sealed: bytes
     resident: Seconds
@@ -113,7 +115,8 @@ class Nothing(_Frame):
 
 
 class Publish(_Frame):
-    """To the home: an entry that ends a claim. Answered with Published: who has been served, and whether it is held."""
+    """To the home: an entry that ends a claim. Answered with Published: who has been served, and whether
+    nothing more need be sent (a body that was left out may be missing)."""
 
     call: Call
     key: Key
@@ -125,7 +128,7 @@ class Publish(_Frame):
 class Published(_Frame):
     call: Call
     served: Annotated[list[PeerBytes], Meta(max_length=1000)]
-    held: bool
+    enough: bool
 
 
 class Push(_Frame):

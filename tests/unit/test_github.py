@@ -88,7 +88,7 @@ def test_a_coded_body_is_decoded_before_it_is_hashed() -> None:
 )
 def test_a_body_that_cannot_be_decoded_has_no_tag(body: bytes, coding: str) -> None:
     rules, _ = github()
-    assert rules.validator(Headers({}), entry(body, content_encoding=coding)) is None
+    assert rules.validator(Headers({}), entry(body, content_encoding=coding), {}) is None
 
 
 @pytest.mark.parametrize(
