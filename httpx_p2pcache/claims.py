@@ -145,6 +145,11 @@ class ClaimTable(Generic[Asker]):
         due = [(key, claim) for key, claim in self._claims.items() if claim.ends <= now]
         return [told for key, claim in due for told in self._pass_on(key, claim, now)]
 
+    def holder(self, key: bytes) -> Asker | None:
+        """Who fetches ``key``."""
+        claim = self._claims.get(key)
+        return None if claim is None else claim.holder
+
     def holders(self, before: float) -> set[Asker]:
         """Those whose claims end before ``before``: whoever has fetched for long should be seen to be alive."""
         return {claim.holder for claim in self._claims.values() if claim.ends < before}
@@ -160,6 +165,13 @@ class ClaimTable(Generic[Asker]):
         return [(key, waiter, tidings) for waiter in self._claims.pop(key).waiters]
 
 
+class Seat(NamedTuple):
+    """One who asks within a process: the thread or task, and the future by which it is told."""
+
+    caller: Hashable
+    future: Future[Tidings]
+
+
 class Flights:
     """The claims among the threads and tasks of one process; thread-safe, and never blocks.
 
@@ -167,9 +179,8 @@ class Flights:
     """
 
     def __init__(self, timeout: float, clock: Callable[[], float]) -> None:
-        self._table: ClaimTable[Future[Tidings]] = ClaimTable(timeout)
+        self._table: ClaimTable[Seat] = ClaimTable(timeout)
         self._clock = clock
-        self._callers: dict[bytes, Hashable] = {}
         self._lock = threading.Lock()
 
     def ask(self, key: bytes, caller: Hashable) -> Granted | Future[Tidings] | Go:
@@ -177,29 +188,26 @@ class Flights:
 
         ``caller`` is the thread or task that asks: one that holds the claim already would wait for itself.
         """
-        future: Future[Tidings] = Future()
+        seat = Seat(caller, Future())
         with self._lock:
-            told = self._table.expire(self._clock())
-            answer: Granted | Pending | Go = Go()
-            if self._callers.get(key) != caller:
-                answer = self._table.ask(key, future, self._clock())
-            if isinstance(answer, Granted):
-                self._callers[key] = caller
+            now = self._clock()
+            told = self._table.expire(now)
+            holder = self._table.holder(key)
+            answer = Go() if holder and holder.caller == caller else self._table.ask(key, seat, now)
         self._tell(told)
-        return future if isinstance(answer, Pending) else answer
+        return seat.future if isinstance(answer, Pending) else answer
 
     def release(self, key: bytes, id_: int, verdict: Verdict) -> None:
         """End the claim ``id_``; a claim that has passed to another is left alone."""
         with self._lock:
-            self._callers.pop(key, None)
             told = self._table.release(key, id_, verdict, self._clock())
         self._tell(told)
 
-    def _tell(self, told: Told[Future[Tidings]]) -> None:
+    def _tell(self, told: Told[Seat]) -> None:
         while told:
-            key, future, tidings = told.pop()
+            key, seat, tidings = told.pop()
             try:
-                future.set_result(tidings)
+                seat.future.set_result(tidings)
             except InvalidStateError:  # it has stopped waiting: what it was granted goes to the next
                 if isinstance(tidings, Granted):
                     with self._lock:

@@ -112,7 +112,12 @@ def same_origin(a: str, b: str) -> bool:
     """RFC 9110 §4.3.1: scheme, host and port agree."""
     try:
         x, y = urlsplit(a), urlsplit(b)
-        return (x.scheme, x.hostname, x.port) == (y.scheme, y.hostname, y.port)
+        ports = {"http": 80, "https": 443}
+        return (x.scheme, x.hostname, x.port or ports.get(x.scheme)) == (
+            y.scheme,
+            y.hostname,
+            y.port or ports.get(y.scheme),
+        )
     except ValueError:  # no URL, or a port that is none
         return False
 
@@ -203,7 +208,7 @@ class Keyring:
             entry = _DECODER.decode(self.open(sealed, b"entry " + key))
         except msgspec.ValidationError as exc:
             raise Rejected("a sealed entry does not have the form of one") from exc
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise Rejected("a sealed entry is not msgpack") from exc
         if cache_key(entry.url) != key:
             raise Rejected("an entry's URL and its cache key do not agree")

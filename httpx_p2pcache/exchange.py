@@ -196,7 +196,7 @@ class Exchange:
                 stored.fresh(now)
                 and self._may_use(stored, identity)
                 and stored.matches(request.method, value_of)
-                and (best is None or stored.entry.received > best.entry.received)
+                and (best is None or stored.entry.age(now) < best.entry.age(now))
             ):
                 best = stored
         return None if best is None else self._from_store(best, now, source="local")

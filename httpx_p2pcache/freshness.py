@@ -191,8 +191,11 @@ def machine_response(response: hishel.Response) -> hishel.Response:
             control.pop("no-store", None)
         else:
             control["no-store"] = None
-    written = (name if argument is None else f'{name}="{argument}"' for name, argument in control.items())
-    shown["cache-control"] = ", ".join(written)
+    # Only what bears on storing, and written anew: the machine would read other arguments its own way.
+    known: list[str] = [name for name in ("no-store", "public", "private", "must-revalidate") if name in control]
+    if "max-age" in control:
+        known.append(f"max-age={seconds(control['max-age'])}")
+    shown["cache-control"] = ", ".join(known)
     return hishel.Response(response.status_code, Headers(shown))
 
 

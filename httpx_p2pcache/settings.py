@@ -7,6 +7,7 @@ documentation and error messages need, so neither is written twice: ``title`` sa
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import re
@@ -48,10 +49,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = "default"
     listen_port: Annotated[Port, Meta(title="TCP port of the node; taken: the next free one; 0: any")] = 9100
     listen_host: Annotated[
-        str,
-        Meta(
-            pattern=r"^[0-9A-Fa-f:.]+$", description="an IP address", title="address the node listens on, and announces"
-        ),
+        str, Meta(description="an IP address", title="address the node listens on, and announces")
     ] = "0.0.0.0"  # noqa: S104 - runners on other machines must reach it; admission needs the secret
     announce_addrs: Annotated[Words, Meta(title="multiaddrs announced instead of the ones listened on")] = ()
     bootstrap_peers: Annotated[Words, Meta(title="multiaddrs of nodes to begin with")] = ()
@@ -93,6 +91,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             except msgspec.ValidationError:
                 raise SettingsError(_complaint(name, value)) from None
             msgspec.structs.force_setattr(self, name, checked)
+        try:
+            ipaddress.ip_address(self.listen_host)
+        except ValueError:
+            raise SettingsError(_complaint("listen_host", self.listen_host)) from None
         if self.peer_registry is None:
             msgspec.structs.force_setattr(self, "peer_registry", self.dir / "peers")
 
@@ -109,10 +111,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             if raw and name not in overrides:
                 try:
                     values[name] = msgspec.convert(spec.read(raw), spec.hint, strict=False, dec_hook=_as_path)
+                    if values[name] is None:  # "null", to msgspec
+                        raise ValueError(raw)
                 except (ValueError, KeyError):
                     raise SettingsError(_complaint(name, raw)) from None
         _warn_about_misspellings(environ)
-        values.setdefault("shared_secret", environ.get("GITHUB_TOKEN") or environ.get("GH_TOKEN") or "")
+        tokens = (environ.get(name, "").strip() for name in ("GITHUB_TOKEN", "GH_TOKEN"))
+        values.setdefault("shared_secret", next(filter(None, tokens), ""))
         values.setdefault("fleet", environ.get("GITHUB_REPOSITORY") or "default")
         if environ.get("RUNNER_TEMP"):
             values.setdefault("peer_registry", Path(environ["RUNNER_TEMP"]) / "p2p_peers")
@@ -156,8 +161,14 @@ def _as_path(_: type, value: Any) -> Path:
     return Path(value).expanduser()
 
 
+def _metas(hint: Any) -> list[Meta]:
+    """What is annotated, from the outermost layer inwards."""
+    own = [layer for layer in get_args(hint) if isinstance(layer, Meta)]
+    return own[::-1] + [meta for inner in get_args(hint) if not isinstance(inner, Meta) for meta in _metas(inner)]
+
+
 def _spec(field: msgspec.structs.FieldInfo, hint: Any) -> _Spec:
-    metas = [layer for layer in get_args(hint) if isinstance(layer, Meta)]
+    metas = _metas(hint)
     text = {key: next((getattr(m, key) for m in metas if getattr(m, key)), "") for key in ("title", "description")}
     read: Callable[[str], Any] = str
     if text["description"] == "a comma-separated list":

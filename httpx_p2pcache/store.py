@@ -20,7 +20,9 @@ import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hishel
 from hishel import Headers, SqliteStorage
@@ -31,6 +33,7 @@ from httpx_p2pcache.freshness import directives, lifetime, vary_names
 logger = logging.getLogger("httpx_p2pcache")
 
 MEMORY_BYTES = 64 * 1024**2  # bodies kept decoded in memory, for all URLs of one store
+CHECKED_PAGES = 8192  # a file of up to 32 MiB is checked when it is opened, which takes milliseconds
 PEEK_SECONDS = 0.002  # what a look into memory may wait for a thread that writes
 TOMBSTONE_SECONDS = 3600.0  # how long an invalidation outlives a publication that was on its way
 _FILE = "p2pcache-v1.db"
@@ -148,7 +151,7 @@ class Store:
                 except (RuntimeError, sqlite3.Error):  # evicted under us
                     continue
                 else:
-                    if entry.received - entry.initial_age > removed_at:  # else its removal has failed
+                    if entry.received > removed_at:  # else its removal has failed
                         found.append(self._prepared(row.id, entry))
             self._remember(key, found)
             return found
@@ -190,7 +193,7 @@ class Store:
             _, response = _to_hishel(entry)
             storage.update_headers(stored.id, response.headers)
             fresh = self._prepared(stored.id, entry)
-            kept = [s for s in self._memory.get(key, ()) if s.id != stored.id]
+            kept = [s for s in self.load(key) if s.id != stored.id]
             self._remember(key, [*kept, fresh])
         return fresh
 
@@ -224,28 +227,22 @@ class Store:
     def keys(self, limit: int) -> list[bytes]:
         """The cache keys of up to ``limit`` entries, the latest used first."""
         with self._lock:
-            self._open()
-            assert self._connection is not None
-            rows = self._connection.execute(
-                "SELECT DISTINCT cache_key FROM entries WHERE chunk_count IS NOT NULL AND expires_at IS NULL"
-                " ORDER BY last_accessed_at DESC LIMIT ?",
+            rows = self._select(
+                "SELECT cache_key FROM entries WHERE chunk_count IS NOT NULL AND expires_at IS NULL"
+                " GROUP BY cache_key ORDER BY max(last_accessed_at) DESC LIMIT ?",
                 (limit,),
-            ).fetchall()
+            )
         return [bytes.fromhex(bytes(row[0]).decode()) for row in rows]
 
     def size(self) -> tuple[int, int]:
         """Number of entries, and bytes of the database."""
         with self._lock:
-            self._open()
-            assert self._connection is not None
-            (entries,) = self._connection.execute(
-                "SELECT count(*) FROM entries WHERE chunk_count IS NOT NULL AND expires_at IS NULL"
-            ).fetchone()
-            (used,) = self._connection.execute(
+            entries = self._select("SELECT count(*) FROM entries WHERE chunk_count IS NOT NULL AND expires_at IS NULL")
+            used = self._select(
                 "SELECT (page_count - freelist_count) * page_size"
                 " FROM pragma_page_count(), pragma_freelist_count(), pragma_page_size()"
-            ).fetchone()
-        return int(entries), int(used)
+            )
+        return (int(entries[0][0]), int(used[0][0])) if entries and used else (0, 0)
 
     def close(self) -> None:
         """Close the file. A later call opens it again."""
@@ -255,6 +252,18 @@ class Store:
             self._storage = self._connection = None
             self._version = -1
             self._forget()
+
+    def _select(self, sql: str, parameters: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
+        """Rows of our own query; none if the file turns out to be damaged, which is then moved aside."""
+        self._open()
+        assert self._connection is not None
+        try:
+            return self._connection.execute(sql, parameters).fetchall()
+        except sqlite3.DatabaseError as exc:
+            if not isinstance(exc, sqlite3.OperationalError):
+                self.close()
+                self._move_aside()
+            return []
 
     def _is_void(self, key: bytes, since: float) -> bool:
         """Whether a key was written to after ``since``."""
@@ -293,11 +302,17 @@ class Store:
 
     def _use(self, connection: sqlite3.Connection) -> None:
         storage = SqliteStorage(connection=connection, max_size=self._max_size or None)  # 0: no limit
-        connection.execute("PRAGMA schema_version").fetchone()  # a damaged file shows itself here
-        with storage._lock:  # the schema is made now: hishel would make it in the middle of a look-up
-            storage._ensure_connection()
+        try:
+            (pages,) = connection.execute("PRAGMA page_count").fetchone()  # a damaged file shows itself here, or below
+            if pages <= CHECKED_PAGES and connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                raise sqlite3.DatabaseError("database disk image is malformed")
+            with storage._lock:  # the schema is made now: hishel would make it in the middle of a look-up
+                storage._ensure_connection()
+            (self._version,) = connection.execute("PRAGMA data_version").fetchone()
+        except BaseException:
+            connection.close()
+            raise
         self._storage, self._connection = storage, connection
-        (self._version,) = connection.execute("PRAGMA data_version").fetchone()
 
     def _use_memory(self, exc: Exception) -> None:
         logger.warning(
@@ -320,26 +335,41 @@ class Store:
         logger.warning("the store %s could not be read: it was moved to %s, and begins anew", path, aside.name)
         return True
 
-    def _forget_after_fork(self) -> None:
-        # SQLite's connections must not cross a fork, not even to be closed: they are kept, unused, for ever.
-        _abandoned.append((self._storage, self._connection))
-        self._lock = threading.RLock()
-        self._storage = self._connection = None
-        self._memory = OrderedDict()
-        self._memory_bytes = 0
+    # SQLite must not be open across a fork: a child that inherits its lock table takes no locks, and one that is forked
+    # while another thread is inside it inherits a mutex that nobody will release. So both sides begin closed.
+
+    def _before_fork(self) -> None:
+        self._lock.acquire()
+        self.close()
+
+    def _after_fork(self, *, child: bool) -> None:
+        if child:
+            self._lock = threading.RLock()
+        else:
+            self._lock.release()
 
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
-_abandoned: list[object] = []
+_forking: list[Store] = []
 
 
-def _after_fork() -> None:
+def _before_fork() -> None:
     for store in list(_stores):
-        store._forget_after_fork()
+        store._before_fork()
+        _forking.append(store)
+
+
+def _after_fork(*, child: bool) -> None:
+    while _forking:
+        _forking.pop()._after_fork(child=child)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=partial(_after_fork, child=False),
+        after_in_child=partial(_after_fork, child=True),
+    )
 
 
 def local_secret(directory: Path) -> bytes:

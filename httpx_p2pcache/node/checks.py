@@ -20,7 +20,8 @@ MAX_FIELD_BYTES = 64 * 1024
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-_PAGINATION = re.compile(r"<([^>]*)>[^,<]*;\s*rel=\"?[^\",;]*\b(?:next|prev|previous|first|last)\b", re.IGNORECASE)
+_LINK = re.compile(r'<([^>]*)>((?:\s*;\s*[^\s=;,"]+\s*(?:=\s*(?:"(?:[^"\\]|\\.)*"|[^\s;,"]*))?)*)')
+_PAGINATION = re.compile(r"\brel\s*=.*\b(?:next|prev|previous|first|last)\b", re.IGNORECASE)
 
 
 def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> Entry:
@@ -45,8 +46,8 @@ def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> E
     length = entry.first("content-length")
     if entry.method == "GET" and length is not None and length != str(len(entry.body)):
         raise Rejected("its body is not as long as its Content-Length says")
-    for target in _PAGINATION.findall(entry.first("link") or ""):
-        if not same_origin(resolved_url(entry.url, target), entry.url):
+    for target, parameters in _LINK.findall(entry.first("link") or ""):
+        if _PAGINATION.search(parameters) and not same_origin(resolved_url(entry.url, target), entry.url):
             raise Rejected("its Link leads to another origin")
     verdict = hishel.CacheMiss(
         options=CacheOptions(shared=False), request=hishel.Request(entry.method, entry.url, Headers({}))

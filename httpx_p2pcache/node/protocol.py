@@ -253,7 +253,7 @@ async def admit(
 def _decoded(decoder: msgspec.msgpack.Decoder[_Decoded], body: bytes) -> _Decoded:
     try:
         return decoder.decode(body)
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise Rejected("a frame that is none of this protocol's") from exc
 
 

@@ -106,7 +106,7 @@ class Registry:
             if entry.is_file(follow_symlinks=False) and status.st_size <= MAX_RECORD:
                 sealed = Path(entry.path).read_bytes()
                 record = _DECODER.decode(self._keyring.open(sealed, b"registry"))
-        except (Rejected, msgspec.DecodeError, FileNotFoundError):
+        except (Rejected, msgspec.DecodeError, UnicodeDecodeError, RecursionError, FileNotFoundError):
             record = None
         except OSError:
             return None

@@ -1,0 +1,700 @@
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import stat
+import string
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from made import URL, an_entry, said
+
+from httpx_p2pcache import store as store_module
+from httpx_p2pcache.entries import Entry, cache_key
+from httpx_p2pcache.store import Store, local_secret
+
+KEY = cache_key(URL)
+ME, YOU = "a" * 32, "b" * 32
+DATABASE = "p2pcache-v1.db"
+
+latin = st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"), max_size=20)
+names = st.text(string.ascii_lowercase + "-", min_size=1, max_size=12)
+
+
+def open_store(directory: Path, max_size: int = 2**30) -> Store:
+    return Store(directory, max_size=max_size, default_ttl=300.0)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[tuple[Store, Store]]:
+    """Two stores that share a directory, as two processes of a runner do."""
+    a, b = open_store(tmp_path / "store"), open_store(tmp_path / "store")
+    yield a, b
+    a.close()
+    b.close()
+
+
+@pytest.fixture
+def store(two: tuple[Store, Store]) -> Store:
+    return two[0]
+
+
+def saved(store: Store, **changes: object) -> store_module.Stored:
+    stored = store.save(an_entry(**changes))
+    assert stored is not None
+    return stored
+
+
+def held(store: Store, key: bytes = KEY) -> list[Entry]:
+    return sorted((stored.entry for stored in store.load(key)), key=msgspec.msgpack.encode)
+
+
+def in_another_process(directory: Path, script: str) -> object:
+    """What ``script`` prints as JSON; in it there are ``store``, ``an_entry``, ``URL``, ``KEY``."""
+    head = "\n".join(
+        [
+            "import json, os, sys, threading, time",
+            "from pathlib import Path",
+            f"sys.path.insert(0, {str(Path(__file__).parent)!r})",
+            "from made import URL, an_entry",
+            "from httpx_p2pcache.entries import cache_key",
+            "from httpx_p2pcache.store import Store",
+            "KEY = cache_key(URL)",
+            f"store = Store(Path({str(directory)!r}), max_size=2**30, default_ttl=300.0)",
+        ]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", head + "\n" + script], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# What is saved is what is loaded
+
+
+@given(
+    st.dictionaries(names, st.lists(latin, min_size=1, max_size=3), max_size=5),
+    st.dictionaries(names, latin, max_size=3),
+    st.binary(max_size=500) | st.integers(100_000, 400_000).map(bytes),
+    st.sampled_from(["", ME]),
+    st.floats(0, 2**32),
+    st.floats(1, 2**33),
+)
+@settings(max_examples=25, deadline=None)
+def test_an_entry_is_loaded_exactly_as_it_was_saved(
+    headers: dict[str, list[str]], selecting: dict[str, str], body: bytes, identity: str, age: float, received: float
+) -> None:
+    entry = an_entry(
+        headers=headers, selecting=selecting, body=body, identity=identity, initial_age=age, received=received
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        a, b = open_store(Path(directory)), open_store(Path(directory))
+        a.save(entry)
+        assert held(a) == held(b) == [entry]
+        a.close()
+        b.close()
+
+
+def test_an_entry_outlives_the_store_that_saved_it(store: Store, tmp_path: Path) -> None:
+    entry = saved(store).entry
+    store.close()
+    reopened = open_store(tmp_path / "store")
+    assert held(reopened) == [entry]
+    reopened.close()
+
+
+def test_a_closed_store_opens_again_when_it_is_used(store: Store) -> None:
+    entry = saved(store).entry
+    store.close()
+    store.close()
+    assert store.peek(KEY) is None
+    assert held(store) == [entry]
+    assert store.peek(KEY) is not None
+
+
+def test_of_a_url_nobody_has_asked_for_there_is_nothing(store: Store) -> None:
+    assert store.load(KEY) == []
+    assert store.peek(KEY) == []
+
+
+# Memory
+
+
+def test_memory_answers_for_what_was_saved_or_loaded(two: tuple[Store, Store]) -> None:
+    a, b = two
+    entry = saved(a).entry
+    assert [stored.entry for stored in a.peek(KEY) or ()] == [entry]
+    assert b.peek(KEY) is None
+    b.load(KEY)
+    assert [stored.entry for stored in b.peek(KEY) or ()] == [entry]
+
+
+def test_memory_is_given_up_when_another_store_has_written(two: tuple[Store, Store]) -> None:
+    a, b = two
+    first = saved(a).entry
+    second = saved(b, identity=YOU).entry
+    assert a.peek(KEY) is None
+    assert held(a) == sorted([first, second], key=msgspec.msgpack.encode)
+
+
+def test_memory_is_given_up_when_another_process_has_written(store: Store, tmp_path: Path) -> None:
+    saved(store)
+    assert store.peek(KEY) is not None
+    seen = in_another_process(
+        tmp_path / "store",
+        "seen = [s.entry.body.decode() for s in store.load(KEY)]\n"
+        "store.save(an_entry(body=b'theirs'))\n"
+        "store.close(); print(json.dumps(seen))",
+    )
+    assert seen == ['{"id": 1}']
+    assert store.peek(KEY) is None
+    assert [entry.body for entry in held(store)] == [b"theirs"]
+
+
+def test_an_invalidation_by_another_process_is_seen_at_once(store: Store, tmp_path: Path) -> None:
+    saved(store)
+    in_another_process(tmp_path / "store", "store.invalidate([KEY]); store.close(); print('null')")
+    assert store.load(KEY) == []
+
+
+def test_what_was_used_longest_ago_leaves_memory_first_and_stays_on_disk(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "MEMORY_BYTES", 250_000)
+    urls = [f"https://a.test/{number}" for number in range(3)]
+    keys = [cache_key(url) for url in urls]
+    for url in urls[:2]:
+        saved(store, url=url, body=bytes(100_000))
+    store.peek(keys[0])
+    saved(store, url=urls[2], body=bytes(100_000))
+    assert [store.peek(key) is not None for key in keys] == [True, False, True]
+    assert [len(store.load(key)) for key in keys] == [1, 1, 1]
+
+
+def test_a_body_larger_than_memory_is_held_until_the_next(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "MEMORY_BYTES", 100)
+    saved(store, body=bytes(1000))
+    assert store.peek(KEY) is not None
+    saved(store, url=URL + "?2", body=b"")
+    assert store.peek(KEY) is None
+
+
+# One place, one entry
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"body": b"new"}, 1),
+        ({"body": b"new", "selecting": {"accept": "a"}}, 1),
+        ({"identity": YOU}, 2),
+        ({"method": "HEAD"}, 2),
+        ({"selecting": {"accept": "b"}, "headers": {"vary": ["accept"]}}, 2),
+        ({"selecting": {}, "headers": {"vary": ["accept"]}}, 2),
+        ({"selecting": {"accept": "a"}, "headers": {"vary": ["accept"]}}, 1),
+    ],
+    ids=str,
+)
+def test_an_entry_replaces_the_one_that_answered_the_same_request(
+    two: tuple[Store, Store], changes: dict[str, object], kept: int
+) -> None:
+    a, b = two
+    saved(a, identity=ME, selecting={"accept": "a"}, headers={"vary": ["accept"]} if "vary" in str(changes) else {})
+    latest = saved(a, **{"identity": ME, "headers": {}, **changes}).entry
+    assert len(a.load(KEY)) == len(b.load(KEY)) == kept
+    assert latest in held(a)
+    assert latest in held(b)
+
+
+def test_a_refreshed_entry_keeps_its_body_and_its_place(two: tuple[Store, Store]) -> None:
+    a, b = two
+    stored = saved(a)
+    b.load(KEY)
+    entry = msgspec.structs.replace(stored.entry, headers={"etag": ['"2"']}, received=stored.entry.received + 5)
+    fresh = a.refresh(stored, entry, since=time.time())
+    assert fresh is not None
+    assert fresh.id == stored.id
+    assert held(a) == held(b) == [entry]
+
+
+def test_refreshing_one_entry_of_a_url_leaves_the_others_in_sight(two: tuple[Store, Store]) -> None:
+    """Though another process has written, and memory has been given up, between look-up and refresh."""
+    a, b = two
+    stored, other = saved(a, identity=ME), saved(a, identity=YOU)
+    saved(b, url=URL + "?other")
+    assert a.peek(KEY) is None
+    a.refresh(stored, stored.entry, since=time.time())
+    assert held(a) == [stored.entry, other.entry]
+
+
+def test_single_entries_are_removed_from_memory_and_disk(two: tuple[Store, Store]) -> None:
+    a, b = two
+    gone, stays = saved(a, identity=ME), saved(a, identity=YOU)
+    a.remove(KEY, [gone.id])
+    assert held(a) == held(b) == [stays.entry]
+
+
+# Invalidation
+
+
+def test_an_invalidated_url_has_no_entries_whoever_asked_for_them(two: tuple[Store, Store]) -> None:
+    a, b = two
+    for identity in ("", ME, YOU):
+        saved(a, identity=identity)
+    other = saved(a, url=URL + "?other").entry
+    a.invalidate([KEY])
+    assert held(a) == held(b) == []
+    assert held(a, cache_key(other.url)) == [other]
+    a.close()
+    assert held(a) == []
+
+
+def test_what_was_on_its_way_when_its_url_was_invalidated_is_refused(store: Store) -> None:
+    entry = an_entry()
+    store.invalidate([KEY])
+    assert store.save(entry) is None
+    assert store.save(an_entry(received=time.time() + 60), since=entry.received) is None
+    assert held(store) == []
+
+
+def test_what_was_asked_for_after_the_invalidation_is_stored(store: Store) -> None:
+    store.invalidate([KEY])
+    assert store.save(an_entry(received=time.time() + 1)) is not None
+    assert store.save(an_entry(received=time.time() + 2), since=time.time() + 1) is not None
+
+
+def test_a_refusal_is_for_the_invalidated_url_alone(store: Store) -> None:
+    entry = an_entry(url=URL + "?other")
+    store.invalidate([KEY])
+    assert store.save(entry) is not None
+
+
+def test_an_invalidation_outlives_the_closing_of_the_store(store: Store) -> None:
+    entry = an_entry()
+    store.invalidate([KEY])
+    store.close()
+    assert store.save(entry) is None
+
+
+def test_a_304_that_was_on_its_way_does_not_bring_an_invalidated_entry_back(store: Store) -> None:
+    stored = saved(store)
+    asked = time.time()
+    store.invalidate([KEY])
+    assert store.refresh(stored, stored.entry, since=asked) is None
+    assert held(store) == []
+
+
+def test_an_invalidation_reaches_entries_that_memory_has_lost_sight_of(two: tuple[Store, Store]) -> None:
+    a, b = two
+    stored, _ = saved(a, identity=ME), saved(a, identity=YOU)
+    saved(b, url=URL + "?other")
+    assert a.peek(KEY) is None
+    a.refresh(stored, stored.entry, since=time.time())
+    a.invalidate([KEY])
+    assert held(b) == []
+
+
+# Many keys
+
+
+def test_the_keys_of_what_is_held_come_latest_first_and_each_once(store: Store) -> None:
+    for number, identity in ((1, ME), (2, ME), (3, ME), (1, YOU)):
+        saved(store, url=f"https://a.test/{number}", identity=identity)
+    keys = [cache_key(f"https://a.test/{number}") for number in (1, 3, 2)]
+    assert store.keys(10) == keys
+    assert store.keys(2) == keys[:2]
+
+
+def test_invalidated_urls_have_no_keys(store: Store) -> None:
+    saved(store)
+    store.invalidate([KEY])
+    assert store.keys(10) == []
+
+
+def test_the_size_counts_entries_and_bytes(store: Store) -> None:
+    assert store.size()[0] == 0
+    saved(store, body=bytes(100_000))
+    saved(store, identity=ME)
+    entries, used = store.size()
+    assert entries == 2
+    assert used >= 100_000
+
+
+def test_the_file_does_not_grow_beyond_its_limit(tmp_path: Path) -> None:
+    store = open_store(tmp_path, max_size=300_000)
+    for number in range(50):
+        saved(store, url=f"https://a.test/{number}", body=bytes(20_000))
+    assert 0 < store.size()[1] <= 330_000
+    store.close()
+
+
+def test_threads_share_a_store(store: Store) -> None:
+    ready = threading.Barrier(6)
+    failures: list[BaseException] = []
+
+    def use(number: int) -> None:
+        try:
+            ready.wait(10)
+            for round_ in range(10):
+                entry = saved(store, url=f"https://a.test/{number}", body=b"%d" % round_).entry
+                assert held(store, cache_key(entry.url)) == [entry]
+                saved(store, identity=f"{number}" * 32)
+        except BaseException as exc:
+            failures.append(exc)
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert failures == []
+    assert len(store.load(KEY)) == 6
+
+
+# The file
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_nobody_else_can_read_the_store(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        directory = tmp_path / "store"
+        store = open_store(directory)
+        saved(store)
+        local_secret(directory)
+        assert mode(directory) == 0o700
+        files = {path.name: mode(path) for path in directory.iterdir()}
+        assert files.keys() >= {DATABASE, "local.key"}
+        assert set(files.values()) == {0o600}
+        store.close()
+    finally:
+        os.umask(before)
+
+
+def test_a_directory_that_others_could_read_is_closed_to_them(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir(mode=0o755)
+    store = open_store(tmp_path / "store")
+    saved(store)
+    assert mode(tmp_path / "store") == 0o700
+    store.close()
+
+
+def nonsense(path: Path) -> None:
+    path.write_bytes(b"this is no database" * 500)
+
+
+def somebody_elses(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE entries (id INTEGER, what TEXT)")
+    connection.execute("INSERT INTO entries VALUES (1, 'precious')")
+    connection.commit()
+    connection.close()
+
+
+def torn(path: Path) -> None:
+    """A database whose header is whole, and whose first page is not."""
+    store = open_store(path.parent)
+    saved(store)
+    store.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + b"\xff" * 3996 + whole[4096:])
+
+
+@pytest.mark.parametrize("spoil", [nonsense, somebody_elses, torn])
+def test_a_file_that_cannot_be_used_is_moved_aside_whole(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    path = tmp_path / DATABASE
+    spoil(path)
+    was = path.read_bytes()
+    store = open_store(tmp_path)
+    with said() as lines:
+        entry = saved(store).entry
+        assert held(store) == [entry]
+    store.close()
+    (aside,) = tmp_path.glob(f"{DATABASE}.damaged-*")
+    assert aside.read_bytes() == was
+    assert len(lines) == 1
+    assert aside.name in lines[0]
+    again = open_store(tmp_path)
+    with said() as lines:
+        assert held(again) == [entry]
+    assert lines == []
+    again.close()
+
+
+def test_a_file_that_is_damaged_further_in_costs_its_entries_but_raises_nothing(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    for number in range(30):
+        saved(store, url=f"https://a.test/{number}", body=bytes(3000))
+    store.close()
+    path = tmp_path / DATABASE
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8192] + b"\xff" * (len(whole) - 8192))
+    for number in range(30):
+        assert store.load(cache_key(f"https://a.test/{number}")) == []
+    entry = saved(store).entry
+    assert held(store) == [entry]
+    assert isinstance(store.keys(10), list)
+    assert store.size()[1] >= 0
+    store.close()
+
+
+def test_a_symbolic_link_in_the_place_of_the_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    target = tmp_path / "elsewhere"
+    target.write_bytes(b"")
+    (tmp_path / "store" / DATABASE).symlink_to(target)
+    store = open_store(tmp_path / "store")
+    entry = saved(store).entry
+    assert held(store) == [entry]
+    assert target.read_bytes() == b""
+    store.close()
+
+
+def test_a_directory_that_cannot_be_used_is_said_once_and_replaced_by_memory(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file in its place")
+    store = open_store(tmp_path / "store")
+    with said() as lines:
+        entry = saved(store).entry
+        other = saved(store, identity=ME).entry
+        assert held(store) == [entry, other]
+        store.invalidate([cache_key(URL + "?other")])
+        assert store.keys(10) == [KEY]
+        assert store.size()[0] == 2
+    assert len(lines) == 1
+    assert lines[0].startswith(f"CACHE_DIR {tmp_path / 'store'} cannot be used (")
+    assert (tmp_path / "store").read_text() == "a file in its place"
+    store.close()
+    assert store.load(KEY) == []
+    store.close()
+
+
+def test_a_file_where_a_parent_directory_should_be_is_survived_too(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = open_store(tmp_path / "file" / "deeper" / "store")
+    with said() as lines:
+        entry = saved(store).entry
+    assert held(store) == [entry]
+    assert len(lines) == 1
+    store.close()
+
+
+# Fork
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+
+
+@forks
+def test_a_forked_child_and_its_parent_see_what_the_other_writes(tmp_path: Path) -> None:
+    """Whichever of them closes the store first; each step begins when the one before has ended."""
+    seen = in_another_process(
+        tmp_path,
+        """
+def held(query):
+    return len(store.load(cache_key(URL + query)))
+store.save(an_entry())
+to_parent, to_child = os.pipe(), os.pipe()
+child = os.fork()
+if not child:
+    seen = held("")
+    store.save(an_entry(url=URL + "?child"))
+    os.write(to_parent[1], b"%d" % seen)
+    os.read(to_child[0], 1)
+    seen = held("?parent")
+    store.save(an_entry(url=URL + "?later"))
+    os.write(to_parent[1], b"%d" % seen)
+    os._exit(0)
+seen = [int(os.read(to_parent[0], 1)), held("?child")]
+store.save(an_entry(url=URL + "?parent"))
+store.close()
+os.write(to_child[1], b"x")
+seen += [int(os.read(to_parent[0], 1)), held("?later")]
+os.waitpid(child, 0)
+store.close()
+print(json.dumps([*seen, held("?later")]))
+""",
+    )
+    assert seen == [1, 1, 1, 1, 1]
+
+
+@forks
+def test_a_child_forked_while_a_thread_is_at_work_in_the_store_does_not_hang(tmp_path: Path) -> None:
+    codes = in_another_process(
+        tmp_path,
+        """
+import signal
+store.save(an_entry())
+stop = threading.Event()
+begun = threading.Event()
+def work():
+    while not stop.is_set():
+        store.load(KEY), store.peek(KEY), store.save(an_entry(url=URL + "?busy"))
+        begun.set()
+busy = threading.Thread(target=work)
+busy.start()
+begun.wait(10)
+codes = []
+for number in range(8):
+    child = os.fork()
+    if not child:
+        signal.alarm(2)
+        os._exit(0 if [s.entry.body for s in store.load(KEY)] == [b'{"id": 1}'] else 1)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+stop.set()
+busy.join()
+store.close()
+print(json.dumps(codes))
+""",
+    )
+    assert codes == [0] * 8
+
+
+# Fresh or not
+
+
+@pytest.mark.parametrize(
+    ("control", "age", "fresh"),
+    [
+        ("max-age=60", 0.0, True),
+        ("max-age=60", 59.0, True),
+        ("max-age=60", 59.1, False),
+        ("max-age=60", 60.0, False),
+        ("max-age=0", 0.0, False),
+        ("max-age=60, no-cache", 0.0, False),
+        ('max-age=60, no-cache="x"', 0.0, True),
+        ("", 299.0, True),
+        ("", 300.0, False),
+    ],
+)
+def test_an_entry_is_fresh_for_its_lifetime_counted_in_whole_seconds(
+    store: Store, control: str, age: float, fresh: bool
+) -> None:
+    now = 1_800_000_000.0
+    stored = saved(store, headers={"cache-control": [control]}, initial_age=age, received=now)
+    assert stored.fresh(now) == fresh
+
+
+def test_an_entry_for_one_request_only_is_never_fresh(store: Store) -> None:
+    stored = saved(store, headers={"cache-control": ["max-age=60"], "vary": ["accept, *"]})
+    assert not stored.fresh(stored.entry.received)
+
+
+# The runner's own secret
+
+
+def test_a_runner_keeps_its_secret_and_each_has_another(tmp_path: Path) -> None:
+    ours = local_secret(tmp_path / "a")
+    assert len(ours) == 32
+    assert local_secret(tmp_path / "a") == ours
+    assert local_secret(tmp_path / "b") != ours
+
+
+def test_without_a_directory_a_runner_has_a_secret_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert len(local_secret(tmp_path / "file")) == 32
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_secret_that_was_cut_short_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "local.key").write_bytes(b"short")
+    assert len(local_secret(tmp_path)) == 32
+
+
+# Two stores against a dictionary
+
+
+class Shared(RuleBasedStateMachine):
+    """Whatever two stores on one file do in turns, both hold what a dictionary would."""
+
+    urls = st.sampled_from([URL, URL, URL, URL + "?2"])
+    identities = st.sampled_from([ME, YOU])
+    which = st.sampled_from([0, 1])
+
+    @initialize()
+    def begin(self) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        self.stores = [open_store(Path(self.directory.name)) for _ in range(2)]
+        self.held: dict[tuple[str, str], Entry] = {}
+        self.now = time.time() + 1000  # later than any invalidation
+
+    def a_new_entry(self, url: str, identity: str) -> Entry:
+        self.now += 1
+        return an_entry(url=url, identity=identity, received=self.now, body=b"%d" % self.now)
+
+    @rule(which=which, url=urls, identity=identities)
+    def save(self, which: int, url: str, identity: str) -> None:
+        entry = self.a_new_entry(url, identity)
+        assert self.stores[which].save(entry) is not None
+        self.held[url, identity] = entry
+
+    @rule(which=which, url=urls, identity=identities, between=st.booleans())
+    def refresh(self, which: int, url: str, identity: str, between: bool) -> None:
+        """With ``between`` another store writes, and memory is looked at, after the look-up."""
+        store = self.stores[which]
+        for stored in [s for s in store.load(cache_key(url)) if s.entry.identity == identity]:
+            if between:
+                self.save(1 - which, URL + "?3", ME)
+                store.peek(cache_key(url))
+            self.now += 1
+            entry = msgspec.structs.replace(stored.entry, headers={"etag": [f"{self.now}"]}, received=self.now)
+            assert store.refresh(stored, entry, since=self.now) is not None
+            self.held[url, identity] = entry
+            self.load(which, url)
+
+    @rule(which=which, url=urls, identity=identities)
+    def remove(self, which: int, url: str, identity: str) -> None:
+        found = self.stores[which].load(cache_key(url))
+        self.stores[which].remove(cache_key(url), [s.id for s in found if s.entry.identity == identity])
+        self.held.pop((url, identity), None)
+
+    @rule(which=which, url=urls)
+    def invalidate(self, which: int, url: str) -> None:
+        self.stores[which].invalidate([cache_key(url)])
+        self.held = {place: entry for place, entry in self.held.items() if place[0] != url}
+
+    @rule(which=which)
+    def close(self, which: int) -> None:
+        self.stores[which].close()
+
+    @rule(which=which, url=urls)
+    def peek(self, which: int, url: str) -> None:
+        found = self.stores[which].peek(cache_key(url))
+        assert found is None or self.of(url) == sorted((s.entry for s in found), key=msgspec.msgpack.encode)
+
+    @rule(which=which, url=urls)
+    def load(self, which: int, url: str) -> None:
+        assert held(self.stores[which], cache_key(url)) == self.of(url)
+
+    @invariant()
+    def nothing_else_is_on_the_disk(self) -> None:
+        if hasattr(self, "stores"):
+            assert self.stores[0].size()[0] == len(self.held)
+
+    def of(self, url: str) -> list[Entry]:
+        return sorted((entry for place, entry in self.held.items() if place[0] == url), key=msgspec.msgpack.encode)
+
+    def teardown(self) -> None:
+        if hasattr(self, "stores"):
+            for store in self.stores:
+                store.close()
+            self.directory.cleanup()
+
+
+TestShared = Shared.TestCase
+TestShared.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
