@@ -201,9 +201,12 @@ class Exchange:
                 best = stored
         return None if best is None else self._from_store(best, now, source="local")
 
-    def way(self, request: hishel.Request, caller: Hashable, *, background: bool = False) -> Way:
+    def way(
+        self, request: hishel.Request, caller: Hashable, patience: float | None, *, background: bool = False
+    ) -> Way:
         """The way of one request of ``caller``, a thread or a task; see the module's head.
 
+        ``patience`` is for how many seconds it waits for others at the most; None: for as long as a claim lives.
         ``background``: the answer may have an ``afterwards``.
         """
         self.stats.add("requests")
@@ -217,7 +220,7 @@ class Exchange:
             or carries_credentials(request.url)
         ):
             return (yield from self._pass_by(request, "bypass"))
-        return (yield from _Lookup(self, request, wishes, background).way(caller))
+        return (yield from _Lookup(self, request, wishes, patience, background).way(caller))
 
     def _write_through(self, request: hishel.Request) -> Way:
         answer = yield from self._pass_by(request, "method")
@@ -345,8 +348,16 @@ class _Lookup:
     """The way of one GET or HEAD: steps 2 to 7."""
 
     def __init__(
-        self, exchange: Exchange, request: hishel.Request, wishes: dict[str, str | None], background: bool = False
+        self,
+        exchange: Exchange,
+        request: hishel.Request,
+        wishes: dict[str, str | None],
+        patience: float | None = None,
+        background: bool = False,
     ) -> None:
+        self.patience = (
+            exchange.settings.claim_timeout if patience is None else min(patience, exchange.settings.claim_timeout)
+        )
         self.background = background
         self.conditional = not _CONDITIONS.isdisjoint(request.headers)
         self.ranged = "range" in request.headers and request.method == "GET"
@@ -386,7 +397,7 @@ class _Lookup:
 
             ticket = exchange.flights.ask(claim, caller)
             if isinstance(ticket, Future):
-                ticket = yield from lease.wait(ticket, exchange.settings.claim_timeout)
+                ticket = yield from lease.wait(ticket, self.patience)
                 self.collapsed = isinstance(ticket, Look)
             if isinstance(ticket, Granted):
                 lease.flight = ticket.id
@@ -503,7 +514,7 @@ class _Lookup:
             holds=self.held[0].entry.digest if self.held else b"",
             any_identity=self.shared,
         )
-        until = time.monotonic() + settings.claim_timeout
+        until = time.monotonic() + self.patience
         answer = yield from lease.wait(exchange.network.ask(question), settings.lookup_timeout)
         while isinstance(answer, Awaited):
             self.collapsed = True
@@ -617,6 +628,8 @@ class _Lookup:
         stored = self._stored(shown) if other is None else other[0]
         fields = stored.entry.headers if other is None else adopted(stored.entry, other[1])
         headers = freshened(fields, reply.headers)
+        if "date" not in reply.headers:
+            headers["date"] = [formatdate(now, usegmt=True)]  # RFC 9110 §6.6.1: the old one is not the 304's
         entry = msgspec.structs.replace(
             stored.entry,
             identity=self.identity,

@@ -35,11 +35,17 @@ def acquire(settings: Settings) -> Exchange:
         return exchange
 
 
-def release(exchange: Exchange) -> None:
-    """One user less; the last one closes the node and the store. Returns within two seconds."""
+def release(exchange: Exchange, *, again: bool = False) -> None:
+    """One user less; the last one closes the node and the store. Returns within two seconds.
+
+    ``again``: it has been given back before, and used since: only a store that was opened anew is closed.
+    """
     with _lock:
         found = _running.get(exchange.settings)
         if found is None or found[0] is not exchange:
+            exchange.store.close()
+            return
+        if again:
             return
         if found[1] > 1:
             _running[exchange.settings] = exchange, found[1] - 1

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout  # the builtin one only from 3.11 on
 from typing import TYPE_CHECKING, Any
-from urllib.request import getproxies, proxy_bypass
 
 import anyio
 import anyio.lowlevel
@@ -19,6 +18,9 @@ import anyio.to_thread
 import hishel
 import httpx
 from hishel import Headers
+
+# Not public, and pinned by the dependency on httpx < 0.29: nothing else knows what NO_PROXY means to httpx.
+from httpx._utils import URLPattern, get_environment_proxies
 
 from httpx_p2pcache import runner
 from httpx_p2pcache.exceptions import ConfigurationError
@@ -81,7 +83,7 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
         asked = _asked(request)
         answer = self._exchange.hit(asked)
         if answer is None:
-            way = self._exchange.way(asked, threading.get_ident(), background=True)
+            way = self._exchange.way(asked, threading.get_ident(), _patience(request), background=True)
             answer = self._pump(way, request)
             if answer.afterwards is not None:
                 worker = threading.Thread(
@@ -109,7 +111,7 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
             # trio has no place for a task that outlives its caller: there the caller waits for the revalidation.
             loop = _asyncio_loop()
             caller = anyio.get_current_task().id
-            way = self._exchange.way(asked, caller, background=loop is not None)
+            way = self._exchange.way(asked, caller, _patience(request), background=loop is not None)
             answer = await self._async_pump(way, request)
             if answer.afterwards is not None and loop is not None:
                 task = loop.create_task(self._async_revalidate(answer.afterwards, request))
@@ -126,21 +128,22 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
             logger.debug("a revalidation in the background has failed: %s", type(exc).__name__)
 
     def _pump(self, way: Way, request: httpx.Request) -> Answer:
+        reply: httpx.Response | None = None
+
         def perform(effect: Effect) -> Any:
+            nonlocal reply
             if isinstance(effect, Run):
                 return effect.func()
             if isinstance(effect, Wait):
                 found = _wait_for(effect.future, effect.seconds)
                 return None if found is _NOT_IN_TIME else found
             if isinstance(effect, Send):
-                return _reply(self._sync_origin(request.url).handle_request(_with(request, effect.added)))
-            response: httpx.Response = effect.reply.native
-            try:
-                if response.status_code == 304:  # it has no content, but its end must be read
-                    response.read()
-                return response.close()
-            except Exception:  # it is not needed any more
-                return None
+                reply = self._sync_origin(request.url).handle_request(_with(request, effect.added))
+                return _reply(reply)
+            discarded, reply = reply, None
+            if discarded is not None:
+                _discard(discarded)
+            return None
 
         try:
             effect = next(way)
@@ -153,23 +156,29 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
                     effect = way.send(result)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return] # a generator's return value is not typed here
+        except BaseException:
+            if reply is not None:
+                _discard(reply)
+            raise
 
     async def _async_pump(self, way: Way, request: httpx.Request) -> Answer:
+        reply: httpx.Response | None = None
+
         async def perform(effect: Effect) -> Any:
+            nonlocal reply
             if isinstance(effect, Run):
-                return await anyio.to_thread.run_sync(effect.func)
+                with anyio.CancelScope(shield=True):  # what is begun in the store is finished
+                    return await anyio.to_thread.run_sync(effect.func)
             if isinstance(effect, Wait):
                 return await _async_wait_for(effect.future, effect.seconds)
             if isinstance(effect, Send):
                 origin = self._async_origin(request.url)
-                return _reply(await origin.handle_async_request(_with(request, effect.added)))
-            response: httpx.Response = effect.reply.native
-            try:
-                if response.status_code == 304:
-                    await response.aread()
-                return await response.aclose()
-            except Exception:
-                return None
+                reply = await origin.handle_async_request(_with(request, effect.added))
+                return _reply(reply)
+            discarded, reply = reply, None
+            if discarded is not None:
+                await _async_discard(discarded)
+            return None
 
         try:
             effect = next(way)
@@ -182,6 +191,10 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
                     effect = way.send(result)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return] # a generator's return value is not typed here
+        except BaseException:
+            if reply is not None:
+                await _async_discard(reply)
+            raise
 
     def _sync_origin(self, url: httpx.URL) -> httpx.BaseTransport:
         origin = self._origins.sync_for(url) if self._origins is not None else self.next_transport
@@ -211,8 +224,7 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
     def _release(self) -> None:
         with self._lock:
             released, self._released = self._released, True
-        if not released:
-            runner.release(self._exchange)
+        runner.release(self._exchange, again=released)
 
     async def aclose(self) -> None:
         for task in list(self._tasks):
@@ -278,11 +290,37 @@ class _Origins:
 
 
 def _proxy_for(url: httpx.URL) -> str | None:
-    proxies = getproxies()
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if not proxy or proxy_bypass(url.host):
-        return None
-    return proxy if "://" in proxy else f"http://{proxy}"
+    """The proxy that httpx would take from the environment; None: none."""
+    proxies = get_environment_proxies()
+    patterns = sorted((URLPattern(key), proxy) for key, proxy in proxies.items())
+    return next((proxy for pattern, proxy in patterns if pattern.matches(url)), None)
+
+
+def _discard(response: httpx.Response) -> None:
+    """Be done with a response that nobody gets. A 304 has no content, but its end must be read."""
+    try:
+        if response.status_code == 304:
+            response.read()
+        response.close()
+    except Exception:  # noqa: S110 - how it fails does not matter to anybody
+        pass
+
+
+async def _async_discard(response: httpx.Response) -> None:
+    with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_SECONDS):
+        try:
+            if response.status_code == 304:
+                await response.aread()
+            await response.aclose()
+        except Exception:  # noqa: S110 - how it fails does not matter to anybody
+            pass
+
+
+def _patience(request: httpx.Request) -> float | None:
+    """For how many seconds the caller would wait for an answer of the origin; None: for ever."""
+    timeout = request.extensions.get("timeout") or {}
+    patience: float | None = timeout.get("read")
+    return patience
 
 
 def _asked(request: httpx.Request) -> hishel.Request:
