@@ -174,6 +174,8 @@ class Exchange:
     def after_fork(self) -> None:
         """In a forked child: go on without the parent's node, and without locks that its threads may have held."""
         self.network.after_fork()
+        self.github.after_fork()
+        self.quotas.after_fork()
         self.network = NoPeers()
         self.flights = Flights(self.settings.claim_timeout, time.monotonic)
         self.stats = Stats()

@@ -75,6 +75,10 @@ class GitHub:
         self._given_up: set[str] = set()
         self._lock = threading.Lock()
 
+    def after_fork(self) -> None:
+        """In a forked child: a lock that another thread may have held is not waited for."""
+        self._lock = threading.Lock()
+
     def follows(self, url: str) -> bool:
         """Whether the URL's host is one of ``CACHE_GITHUB_HOSTS``."""
         return urlsplit(url).netloc in self._hosts

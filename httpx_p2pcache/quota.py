@@ -48,6 +48,10 @@ class QuotaBoard:
         self._told: dict[tuple[str, str], float] = {}
         self._lock = threading.Lock()
 
+    def after_fork(self) -> None:
+        """In a forked child: a lock that another thread may have held is not waited for."""
+        self._lock = threading.Lock()
+
     def note(self, identity: str, url: str, status: int, headers: Headers, now: float) -> Quota | None:
         """Learn from an answer of the origin; returns what the fleet should be told of, or None."""
         limit, remaining, reset = (_number(headers, f"x-ratelimit-{name}") for name in ("limit", "remaining", "reset"))

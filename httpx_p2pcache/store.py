@@ -33,6 +33,7 @@ from httpx_p2pcache.freshness import directives, lifetime, vary_names
 logger = logging.getLogger("httpx_p2pcache")
 
 MEMORY_BYTES = 64 * 1024**2  # bodies kept decoded in memory, for all URLs of one store
+BUSY_MS = 1000  # what a write waits for another process; it is given up then, and the entry is not kept
 CHECKED_PAGES = 8192  # a file of up to 32 MiB is checked when it is opened, which takes milliseconds
 PEEK_SECONDS = 0.002  # what a look into memory may wait for a thread that writes
 TOMBSTONE_SECONDS = 3600.0  # how long an invalidation outlives a publication that was on its way
@@ -308,6 +309,7 @@ class Store:
                 raise sqlite3.DatabaseError("database disk image is malformed")
             with storage._lock:  # the schema is made now: hishel would make it in the middle of a look-up
                 storage._ensure_connection()
+            connection.execute(f"PRAGMA busy_timeout={BUSY_MS}")
             (self._version,) = connection.execute("PRAGMA data_version").fetchone()
         except BaseException:
             connection.close()
@@ -340,7 +342,10 @@ class Store:
 
     def _before_fork(self) -> None:
         self._lock.acquire()
-        self.close()
+        try:
+            self.close()
+        except sqlite3.Error:  # then it is left to the child as it is, which does not use it
+            self._storage = self._connection = None
 
     def _after_fork(self, *, child: bool) -> None:
         if child:
@@ -355,8 +360,8 @@ _forking: list[Store] = []
 
 def _before_fork() -> None:
     for store in list(_stores):
-        store._before_fork()
         _forking.append(store)
+        store._before_fork()
 
 
 def _after_fork(*, child: bool) -> None:

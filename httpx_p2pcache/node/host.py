@@ -37,6 +37,7 @@ CLOSE_SECONDS = 1.0
 
 # What py-libp2p logs about connections that end is its everyday life, not its user's.
 logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+logging.getLogger("libp2p.network.auto_connector").setLevel(logging.CRITICAL)  # it has a level of its own
 logging.getLogger("multiaddr").setLevel(logging.CRITICAL)
 
 

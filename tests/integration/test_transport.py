@@ -1378,6 +1378,7 @@ def _in_child(answer: Callable[[], object]) -> object:
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads here: that is the point
         child = os.fork()
     if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(int(PROMPT))  # ends a child that hangs, whatever it hangs in
         try:
             said = json.dumps(answer())
