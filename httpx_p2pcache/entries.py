@@ -28,7 +28,7 @@ from httpx_p2pcache.exceptions import Rejected
 
 PROTOCOL = b"httpx-p2pcache/1"
 ANONYMOUS = ""
-EVERYONE = "fleet"  # the one identity of a fleet that is one user by declaration
+EVERYONE = "f1ee7" + 27 * "0"  # the one identity of a fleet that is one user by declaration
 
 _NAMES_OF_SECRETS = r"auth(?!ors?\b)|token|secret|passw|signature|api_?key|credential|session|jwt|assertion|bearer"
 _CREDENTIAL_NAME = re.compile(rf"{_NAMES_OF_SECRETS}|cookie|key|otp|dpop", re.IGNORECASE)
@@ -133,16 +133,17 @@ def resolved_url(base: str, reference: str) -> str:
 class Keyring:
     """Every key of a fleet, derived from one secret (HKDF-SHA256, RFC 5869) with the fleet's name mixed in.
 
-    ``secret`` is never kept; the ``repr`` shows nothing.
+    ``secret`` is never kept; the ``repr`` shows nothing. With ``one_user`` every identity is the same, by declaration.
     """
 
-    def __init__(self, secret: bytes, fleet: str) -> None:
+    def __init__(self, secret: bytes, fleet: str, *, one_user: bool = False) -> None:
         from cryptography.hazmat.primitives.hashes import SHA256  # not at import time: it costs 20 ms
         from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
         def derive(purpose: bytes) -> bytes:
             return HKDF(SHA256(), 32, salt=fleet.encode(), info=PROTOCOL + b" " + purpose).derive(secret)
 
+        self._one_user = one_user
         self._identity = derive(b"identity")
         self._seal = derive(b"seal")
         self.admission = derive(b"admission")
@@ -153,6 +154,8 @@ class Keyring:
 
     def identity(self, request: Request) -> str:
         """Who a request is made as: 32 hex digits, or "" for a request that carries no credentials."""
+        if self._one_user:
+            return EVERYONE
         held = [(name, request.headers[name]) for name in request.headers if is_credential(name)]
         if not held:
             return ANONYMOUS
@@ -168,6 +171,8 @@ class Keyring:
         Lines are combined and white space is taken out; of fields whose members have no order, and no case, the order
         and the case as well.
         """
+        if self._one_user and is_credential(name):
+            return EVERYONE
         lines = headers.get_list(name)
         if lines is None:
             return None

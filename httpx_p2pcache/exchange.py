@@ -44,7 +44,6 @@ from httpx_p2pcache.claims import Flights, Granted, Look, Verdict
 from httpx_p2pcache.conditions import View, combined, opaque, viewed
 from httpx_p2pcache.entries import (
     ANONYMOUS,
-    EVERYONE,
     Entry,
     Keyring,
     body_digest,
@@ -185,7 +184,7 @@ class Exchange:
         if request.method not in _CACHEABLE or not _SPECIAL.isdisjoint(request.headers):
             return None
         found = self.store.peek(cache_key(request.url))
-        answer = self._fresh(request, self._identity(request), found) if found else None
+        answer = self._fresh(request, self.keyring.identity(request), found) if found else None
         if answer is not None:
             self.stats.add("requests")
         return answer
@@ -255,7 +254,7 @@ class Exchange:
     def note_quota(self, request: hishel.Request, reply: Reply) -> None:
         """What the origin says of its limits goes on the board, and to the fleet."""
         if self.github.follows(request.url):
-            identity = self._identity(request)
+            identity = self.keyring.identity(request)
             quota = self.quotas.note(identity, request.url, reply.status, reply.headers, time.time())
             if quota is not None:
                 self.network.tell_quota(quota)
@@ -271,9 +270,6 @@ class Exchange:
         self.stats.add("peer_hits" if source == "peer" else "local_hits")
         self.stats.add("bytes_from_cache", len(stored.entry.body))
         return Answer(stored, None, status, _caching(source, from_cache=True), age=age)
-
-    def _identity(self, request: hishel.Request) -> str:
-        return EVERYONE if self.settings.shared_identity else self.keyring.identity(request)
 
     def _value_of(self, request: hishel.Request) -> Callable[[str], str | None]:
         return partial(self.keyring.selecting_value, request.headers)
@@ -367,7 +363,7 @@ class _Lookup:
         self.request = request
         self.wishes = wishes
         self.key = cache_key(request.url)
-        self.identity = exchange._identity(request)
+        self.identity = exchange.keyring.identity(request)
         self.shown = machine_request(request)
         self.shared = exchange.github.shares(request.method, request.url, request.headers)
         self.held: list[Stored] = []  # what this identity may use, once it is fresh
