@@ -445,9 +445,6 @@ class _Lookup:
         state = hishel.IdleClient(options=_OPTIONS).next(self.shown, [view])
         return isinstance(state, hishel.NeedRevalidation) and may_have_grown(stored.entry)
 
-    def _own(self) -> list[Stored]:
-        return [stored for stored in self.held if stored.entry.identity == self.identity]
-
     def _others(self, found: list[Stored], now: float) -> list[hishel.Entry]:
         """Entries of other identities as the machine may see them: with the tag that they have for us, unvalidated."""
         exchange, value_of, shown = self.exchange, self.exchange._value_of(self.request), []
@@ -580,7 +577,7 @@ class _Lookup:
             yield Run(partial(self._compare_with_head, reply, sent))
         if reply.status in (401, 403, 404, 410) and not refuses(reply.status, reply.headers):
             # This identity may not see it, or it is gone: nothing older is served stale afterwards.
-            yield Run(partial(exchange.store.remove, self.key, [stored.id for stored in self._own()]))
+            yield Run(partial(exchange.store.refuse, self.key, self.identity, since=sent))
         keep = None
         if isinstance(state, hishel.StoreAndUse) and not _too_large(reply, exchange.settings.max_body_size):
             keep = Keep(self, reply, sent, lease)

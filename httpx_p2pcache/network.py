@@ -108,7 +108,7 @@ class PeerNetwork(Protocol):
         ...
 
     def close(self, *, at_exit: bool = False) -> None:
-        """Leave the fleet. Idempotent, from any thread; ``at_exit``: what has not even started is not waited for."""
+        """Leave the fleet. Idempotent, from any thread; ``at_exit``: the interpreter ends after it."""
         ...
 
     def after_fork(self) -> None:

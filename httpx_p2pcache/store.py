@@ -37,6 +37,8 @@ BUSY_MS = 1000  # what a write waits for another process; it is given up then, a
 CHECKED_PAGES = 8192  # a file of up to 32 MiB is checked when it is opened, which takes milliseconds
 PEEK_SECONDS = 0.002  # what a look into memory may wait for a thread that writes
 TOMBSTONE_SECONDS = 3600.0  # how long an invalidation outlives a publication that was on its way
+MAX_TOMBSTONES = 100_000
+_EVERYBODY = "*"
 _FILE = "p2pcache-v1.db"
 _META = ":p2pcache"
 
@@ -109,7 +111,7 @@ class Store:
         self._version = -1
         self._memory: OrderedDict[bytes, list[Stored]] = OrderedDict()
         self._memory_bytes = 0
-        self._tombstones: OrderedDict[bytes, float] = OrderedDict()
+        self._tombstones: OrderedDict[tuple[bytes, str], float] = OrderedDict()
         _stores.add(self)
 
     def peek(self, key: bytes) -> list[Stored] | None:
@@ -143,7 +145,6 @@ class Store:
         # Under the lock from the first row to the last: what is remembered is what no other thread has removed since.
         with self._lock:
             storage, found = self._open(), []
-            removed_at = self._tombstones.get(key, -math.inf)
             for row in storage.get_entries(key.hex()):
                 try:
                     entry = _from_hishel(row)
@@ -152,7 +153,7 @@ class Store:
                 except (RuntimeError, sqlite3.Error):  # evicted under us
                     continue
                 else:
-                    if entry.received > removed_at:  # else its removal has failed
+                    if not self._is_void(key, entry.identity, entry.received):  # else its removal has failed
                         found.append(self._prepared(row.id, entry))
             self._remember(key, found)
             return found
@@ -165,7 +166,7 @@ class Store:
         key = cache_key(entry.url)
         with self._lock:
             storage = self._open()
-            if self._is_void(key, entry.received if since is None else since):
+            if self._is_void(key, entry.identity, entry.received if since is None else since):
                 return None
             replaced = [s for s in self.load(key) if same_place(s.entry, entry)]
             request, response = _to_hishel(entry)
@@ -189,7 +190,7 @@ class Store:
         key = cache_key(entry.url)
         with self._lock:
             storage = self._open()
-            if self._is_void(key, since):
+            if self._is_void(key, entry.identity, since):
                 return None
             _, response = _to_hishel(entry)
             storage.update_headers(stored.id, response.headers)
@@ -201,6 +202,12 @@ class Store:
     def passing(self, stored: Stored, entry: Entry) -> Stored:
         """``entry`` as if it were stored in the place of ``stored``: for one answer."""
         return self._prepared(stored.id, entry)
+
+    def refuse(self, key: bytes, identity: str, *, since: float) -> None:
+        """The origin refuses an identity: what it was given before ``since`` is removed, and not taken from peers."""
+        with self._lock:
+            self.remove(key, [stored.id for stored in self.load(key) if stored.entry.identity == identity])
+            self._bury(key, identity, since)
 
     def remove(self, key: bytes, ids: Collection[uuid.UUID]) -> None:
         """Remove single entries of a key."""
@@ -220,10 +227,7 @@ class Store:
                 for stored in self.load(key):
                     storage.remove_entry(stored.id)
                 self._remember(key, [])
-                self._tombstones[key] = now
-                self._tombstones.move_to_end(key)
-            while self._tombstones and next(iter(self._tombstones.values())) < now - TOMBSTONE_SECONDS:
-                self._tombstones.popitem(last=False)
+                self._bury(key, _EVERYBODY, now)
 
     def keys(self, limit: int) -> list[bytes]:
         """The cache keys of up to ``limit`` entries, the latest used first."""
@@ -266,9 +270,15 @@ class Store:
                 self._move_aside()
             return []
 
-    def _is_void(self, key: bytes, since: float) -> bool:
-        """Whether a key was written to after ``since``."""
-        return self._tombstones.get(key, -math.inf) >= since
+    def _is_void(self, key: bytes, identity: str, since: float) -> bool:
+        """Whether a key was written to, or an identity refused, after ``since``."""
+        return any(self._tombstones.get((key, who), -math.inf) > since for who in (_EVERYBODY, identity))
+
+    def _bury(self, key: bytes, identity: str, now: float) -> None:
+        self._tombstones[key, identity] = now
+        self._tombstones.move_to_end((key, identity))
+        while next(iter(self._tombstones.values())) < now - TOMBSTONE_SECONDS or len(self._tombstones) > MAX_TOMBSTONES:
+            self._tombstones.popitem(last=False)
 
     def _forget(self) -> None:
         self._memory.clear()

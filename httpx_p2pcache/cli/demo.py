@@ -166,6 +166,7 @@ def _run(
 ) -> list[dict[str, Any]]:
     """Start all runners at one instant, and gather what each says. Raises RuntimeError if one does not start."""
     results: dict[int, dict[str, Any]] = {}
+    joined: dict[int, float] = {}
     ready = threading.Barrier(len(processes) + 1)
 
     def follow(number: int, process: subprocess.Popen[str]) -> None:
@@ -173,11 +174,12 @@ def _run(
         for line in process.stdout:
             said = msgspec.json.decode(line)
             if "ready" in said:
+                joined[number] = said["ready"]
                 ready.wait(START_SECONDS)
             elif "done" in said:
                 progress(number, said["done"])
             else:
-                results[number] = said
+                results[number] = {**said, "joined": joined[number]}
 
     readers = []
     for number, process in enumerate(processes):

@@ -1,7 +1,8 @@
 """One runner of ``p2pcache demo``: a process that asks for the same URLs as the others, and says how that went.
 
-Reads one JSON object from standard input (see :class:`Job`), says ``{"ready": …}``, reads one line with the Unix time
-to begin at, then says ``{"done": n}`` as it goes on and at last ``{"answers": …}``. Its environment holds its settings.
+Reads one JSON object from standard input (see :class:`Job`), says ``{"ready": seconds}`` once it has joined, reads one
+line with the Unix time to begin at, then says ``{"done": n}`` as it goes on and at last ``{"answers": …}``. Its
+environment holds its settings.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ class Seen(msgspec.Struct):
 def main() -> None:
     job = msgspec.json.decode(sys.stdin.readline(), type=Job)
     transport = P2PCacheTransport()
-    _say({"ready": True})
+    started = time.monotonic()
+    transport.wait_until_joined(JOIN_SECONDS)
+    _say({"ready": time.monotonic() - started})
     begin = float(sys.stdin.readline()) + job.delay
     time.sleep(max(0.0, begin - time.time()))
-    transport.wait_until_joined(JOIN_SECONDS)
-    joined = time.time() - begin
     run = _sync if job.client == "sync" else _async
     answers, errors = run(job, transport)
-    _say({"answers": msgspec.to_builtins(answers), "errors": errors, "joined": joined, "seconds": time.time() - begin})
+    _say({"answers": msgspec.to_builtins(answers), "errors": errors, "seconds": time.time() - begin})
     transport.close()
 
 

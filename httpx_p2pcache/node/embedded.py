@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("httpx_p2pcache")
 
 CLOSE_SECONDS = 1.9  # what close() may take
+IMPORT_SECONDS = 15.0  # what a process that ends at once may have to wait for; two, if the machine is not busy
 
 
 class EmbeddedNode:
@@ -126,9 +127,10 @@ class EmbeddedNode:
                 token.run_sync_soon(fleet.stopping.set)
             except RuntimeError:  # it has ended by itself
                 pass
-        # A node that still imports libp2p sees that it is closing, and ends; a process that exits need not wait for it.
-        if self._thread is not threading.current_thread() and not (at_exit and token is None):
-            self._thread.join(CLOSE_SECONDS)
+        # A node that still imports libp2p sees after it that it is closing, and ends. An interpreter must not end in the
+        # middle of that import: C extensions would be torn down while they are set up, and crash it.
+        if self._thread is not threading.current_thread():
+            self._thread.join(IMPORT_SECONDS if at_exit and token is None else CLOSE_SECONDS)
         self._give_up()
 
     def after_fork(self) -> None:
@@ -182,7 +184,8 @@ class EmbeddedNode:
                 "sharing with other runners is off, as the node cannot listen (%s): set CACHE_LISTEN_PORT", exc
             )
         except BaseException as exc:
-            self._say_once("sharing with other runners is off, as the node has failed: %r", exc)
+            if not self._closing:
+                self._say_once("sharing with other runners is off, as the node has failed: %r", exc)
             logger.debug("the node has failed", exc_info=True)
         finally:
             self._token = None

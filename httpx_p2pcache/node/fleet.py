@@ -273,11 +273,6 @@ class Fleet:
     async def _serve(self, link: Link, how: str, addresses: list[str]) -> None:
         """All of a peer's life with us, on one link: a member from its introduction on."""
 
-        async def introduce() -> None:
-            members = [(m.peer_id.to_bytes(), m.addresses[:16]) for m in self.members.values() if m.addresses]
-            takes = self.settings.max_body_size
-            await link.send(Introduce(self.addresses[:16], socket.gethostname(), members[:1000], takes))
-
         async def handle(link: Link, message: Message) -> None:
             if isinstance(message, Introduce):
                 self._introduced(link, message, how, addresses)
@@ -290,17 +285,25 @@ class Fleet:
             else:
                 await self.home.handle(link, message)
 
-        self.spawn(introduce)
+        self.spawn(self._introduce, link)
         try:
             await link.serve(handle)
         finally:
             self._part_from(link)
+
+    async def _introduce(self, link: Link) -> None:
+        members = [(m.peer_id.to_bytes(), m.addresses[:16]) for m in self.members.values() if m.addresses]
+        takes = self.settings.max_body_size
+        await link.send(Introduce(self.addresses[:16], socket.gethostname(), members[:1000], takes))
 
     def _introduced(self, link: Link, said: Introduce, how: str, addresses: list[str]) -> None:
         here = said.host == socket.gethostname()
         reachable = [a for a in said.addresses if here or not is_loopback(a)] or addresses
         member = self.members.get(link.peer_id)
         if member is None:
+            # Who came before it is told of it: two that come at the same moment learn of each other only so.
+            for other in list(self.members.values()):
+                self.spawn(self._introduce, other.link)
             member = self.members[link.peer_id] = Member(link.peer_id, how, reachable)
         if link not in member.links:
             member.links.append(link)
@@ -310,7 +313,7 @@ class Fleet:
         for peer_id, theirs in said.members:
             known = tuple(a for a in theirs if here or not is_loopback(a))
             self.sighted(Sighting(peer_id=peer_id, addresses=known, how="peers"))
-        if self.joined.is_set():
+        if self.joined.is_set() and link.peer_id not in self._called_ready:
             self.spawn(self._call_ready, member)
 
     async def _get_ready(self) -> None:

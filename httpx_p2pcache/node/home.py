@@ -126,7 +126,7 @@ class Home:
         def weight(peer_id: ID) -> bytes:
             return hashlib.blake2b(peer_id.to_bytes() + key, digest_size=8).digest()
 
-        members = [member for member in self._fleet.members.values() if member.ready and not member.suspect]
+        members = [member for member in self._fleet.members.values() if member.usable()]
         best = max(members, key=lambda member: weight(member.peer_id), default=None)
         return None if best is None or weight(ours) > weight(best.peer_id) else best
 

@@ -55,6 +55,7 @@ class Host:
         )
         self._swarm: Any = self._host.get_network()
         self._swarm.retry_config = RetryConfig(max_retries=0)
+        self._swarm.auto_connector.maybe_connect = _nothing  # it dials whom it has heard of, beside our own dials
         self._swarm.set_resource_manager(None)  # it leaks a slot per cancelled dial: the limits are ours
         self._locks: dict[ID, trio.Lock] = {}
         self._raw: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -149,7 +150,6 @@ class Host:
             except Exception as exc:
                 failure = exc
             else:
-                self._host.get_peerstore().add_addrs(peer_id, [Multiaddr(address)], 3600)
                 return
         raise OSError("no address answers") from failure
 
@@ -174,6 +174,10 @@ class Host:
         found = [one for many in self._swarm.listeners.values() for one in getattr(many, "listeners", ())]
         found += [getattr(getattr(raw, "stream", None), "stream", None) for raw in self._raw]
         return [one.socket.fileno() for one in found if hasattr(one, "socket") and one.socket.fileno() >= 0]
+
+
+async def _nothing(*_: object, **__: object) -> None:
+    """In the place of what a library does unasked."""
 
 
 async def reset(stream: Any) -> None:

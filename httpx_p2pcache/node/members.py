@@ -46,6 +46,7 @@ class Link:
         self._pending: dict[int, trio.MemorySendChannel[Answering]] = {}
         self.peer_id = peer_id
         self.closed = trio.Event()
+        self._reading = trio.CancelScope()
         self.introduced = trio.Event()
         self.heard = trio.current_time()
 
@@ -87,6 +88,11 @@ class Link:
 
     async def serve(self, handle: Callable[[Link, Message], Awaitable[None]]) -> None:
         """Read frames until the peer is gone or says something impossible; answers reach their calls."""
+        # py-libp2p does not wake our own read when we reset the stream: close() ends it here.
+        with self._reading:
+            await self._serve(handle)
+
+    async def _serve(self, handle: Callable[[Link, Message], Awaitable[None]]) -> None:
         at_work = trio.Semaphore(CALLS_AT_ONCE)
 
         async def work(message: Message) -> None:
@@ -142,6 +148,7 @@ class Link:
         self.introduced.set()
         for number in list(self._pending):
             self.forget(number)
+        self._reading.cancel()
         with trio.CancelScope(shield=True), trio.move_on_after(0.5):
             try:
                 await self._stream.reset()
@@ -194,9 +201,14 @@ class Member:
     @property
     def link(self) -> Link:
         """The link to use: the oldest that is open, so that frames stay in order. Raises OSError when it is gone."""
-        if not self.links:
-            raise OSError("the peer is gone")
-        return self.links[0]
+        for link in self.links:
+            if not link.closed.is_set():
+                return link
+        raise OSError("the peer is gone")
+
+    def usable(self) -> bool:
+        """Whether it is home to its keys, and can be asked."""
+        return self.ready and not self.suspect and any(not link.closed.is_set() for link in self.links)
 
     def heard(self) -> float:
         """When it was last heard of, in the loop's time."""
