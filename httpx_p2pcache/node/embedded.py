@@ -127,8 +127,8 @@ class EmbeddedNode:
                 token.run_sync_soon(fleet.stopping.set)
             except RuntimeError:  # it has ended by itself
                 pass
-        # A node that still imports libp2p sees after it that it is closing, and ends. An interpreter must not end in the
-        # middle of that import: C extensions would be torn down while they are set up, and crash it.
+        # A node that still imports libp2p sees after it that it is closing, and ends. An interpreter must not end in
+        # the middle of that import: C extensions would be torn down while they are set up, and crash it.
         if self._thread is not threading.current_thread():
             self._thread.join(IMPORT_SECONDS if at_exit and token is None else CLOSE_SECONDS)
         self._give_up()
