@@ -293,8 +293,8 @@ class Fleet:
 
     async def _introduce(self, link: Link) -> None:
         members = [(m.peer_id.to_bytes(), m.addresses[:16]) for m in self.members.values() if m.addresses]
-        takes = self.settings.max_body_size
-        await link.send(Introduce(self.addresses[:16], socket.gethostname(), members[:1000], takes))
+        takes, ready = self.settings.max_body_size, self.joined.is_set()
+        await link.send(Introduce(self.addresses[:16], socket.gethostname(), members[:1000], takes, ready))
 
     def _introduced(self, link: Link, said: Introduce, how: str, addresses: list[str]) -> None:
         here = said.host == socket.gethostname()
@@ -307,7 +307,7 @@ class Fleet:
             member = self.members[link.peer_id] = Member(link.peer_id, how, reachable)
         if link not in member.links:
             member.links.append(link)
-        member.takes = said.takes
+        member.takes, member.ready = said.takes, member.ready or said.ready
         link.introduced.set()
         self.sighted(Sighting(peer_id=link.peer_id.to_bytes(), addresses=tuple(reachable), how=how))
         for peer_id, theirs in said.members:

@@ -230,7 +230,7 @@ class Home:
         self._tell(self._claims.release(claim, None, Verdict.PUBLISHED, trio.current_time()))
         if not self._fleet.members:
             return
-        key, made = cache_key(entry.url), trio.current_time()
+        key = cache_key(entry.url)
         whole = self._fleet.keyring.seal_entry(entry)
         light = self._fleet.keyring.seal_entry(msgspec.structs.replace(entry, body=b"")) if refreshed else whole
         home = self._home_of(key)
@@ -239,23 +239,25 @@ class Home:
         self._publishing += 1
         try:
             forms = [light, whole] if refreshed else [whole]
-            served = set() if home is None else await self._publish_at(home, key, claim, forms, made)
+            served = set() if home is None else await self._publish_at(home, key, claim, forms, entry.received)
             async with trio.open_nursery() as nursery:
                 for member in list(self._fleet.members.values()):
                     if member.peer_id.to_bytes() not in served and len(entry.body) <= member.takes:
-                        nursery.start_soon(self._push, member, key, claim, light, made)
+                        nursery.start_soon(self._push, member, key, claim, light, entry.received)
         finally:
             self._publishing -= 1
             if not self._publishing:
                 self._all_published.set()
                 self._all_published = trio.Event()
 
-    async def _publish_at(self, home: Member, key: bytes, claim: bytes, forms: list[bytes], made: float) -> set[bytes]:
+    async def _publish_at(
+        self, home: Member, key: bytes, claim: bytes, forms: list[bytes], received: float
+    ) -> set[bytes]:
         """Give the home the first of ``forms`` that it can use; returns who has the entry by that."""
         for sealed in forms:
 
             def build(number: int, sealed: bytes = sealed) -> Publish:
-                return Publish(number, key, claim, sealed, trio.current_time() - made)
+                return Publish(number, key, claim, sealed, _resident(received))
 
             try:
                 answer = await home.link.call(build, self._fleet.settings.claim_timeout)
@@ -271,10 +273,10 @@ class Home:
         while self._publishing:
             await self._all_published.wait()
 
-    async def _push(self, member: Member, key: bytes, claim: bytes, sealed: bytes, made: float) -> None:
+    async def _push(self, member: Member, key: bytes, claim: bytes, sealed: bytes, received: float) -> None:
         try:
             if member.links:
-                await member.link.send(Push(key, claim, sealed, trio.current_time() - made))
+                await member.link.send(Push(key, claim, sealed, _resident(received)))
         except OSError:
             self._fleet.stats.add("peer_failures")
 
@@ -332,7 +334,7 @@ class Home:
         stored = await (self._select(question) if message.forwarded else self._find(question))
         now = time.time()
         if stored is not None and stored.fresh(now):
-            await link.send(Found(call, self._sealed(stored, question), max(0.0, now - stored.entry.received)))
+            await link.send(Found(call, self._sealed(stored, question), _resident(stored.entry.received)))
             return
         if message.forwarded:
             await link.send(Nothing(call))
@@ -354,7 +356,7 @@ class Home:
         sealed, resident = b"", 0.0
         if stale is not None and stale.entry.digest != question.holds:
             sealed = self._fleet.keyring.seal_entry(stale.entry)
-            resident = max(0.0, time.time() - stale.entry.received)
+            resident = _resident(stale.entry.received)
         try:
             await link.send(Granted(call, question.claim, id_, sealed, resident))
         except OSError:
@@ -368,7 +370,7 @@ class Home:
             if isinstance(tidings, ClaimGranted):
                 await self._grant(link, call, question, tidings.id, stored)
             elif isinstance(tidings, Look) and stored is not None:
-                resident = max(0.0, time.time() - stored.entry.received)
+                resident = _resident(stored.entry.received)
                 await link.send(Found(call, self._sealed(stored, question), resident))
             else:
                 await link.send(Nothing(call))
@@ -455,8 +457,9 @@ class Home:
             return None
         for stored in held:
             # It has come by another way already, or a newer one has.
-            slack = 1.0 if stored.entry.digest == entry.digest else 0.0
-            if same_place(stored.entry, entry) and stored.entry.age(now) <= entry.age(now) + slack:
+            newer = stored.entry.age(now) - entry.age(now)
+            known = stored.entry.digest == entry.digest and newer <= 1.0
+            if same_place(stored.entry, entry) and (known or newer < 0):
                 return stored
         fleet.stats.add("received")
         # Its age is counted from when the origin was asked: what was written since then makes it void.
@@ -503,6 +506,11 @@ class Home:
 
 
 EMPTY = hashlib.sha256(b"").digest()[:16]
+
+
+def _resident(received: float) -> float:
+    """For how many seconds we have held what was ``received`` then."""
+    return max(0.0, time.time() - received)
 
 
 def _nobody(tidings: Tidings) -> None:

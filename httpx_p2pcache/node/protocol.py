@@ -60,12 +60,13 @@ class Proof(_Frame):
 
 
 class Introduce(_Frame):
-    """Who I am, whom I know, and what I take."""
+    """Who I am, whom I know, what I take, and whether I can be asked."""
 
     addresses: Annotated[list[Address], Meta(max_length=16)]
     host: Annotated[str, Meta(max_length=256)]
     members: Annotated[list[tuple[PeerBytes, list[Address]]], Meta(max_length=1000)]
     takes: Annotated[int, Meta(ge=0)]  # bytes of the largest body that I store
+    ready: bool  # I am a home already
 
 
 class Ready(_Frame):

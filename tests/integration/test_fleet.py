@@ -583,7 +583,7 @@ class ScriptedMember:
         async with self._host.listening("127.0.0.1", 0) as port:
             address = f"/ip4/127.0.0.1/tcp/{port}"
             self.address = f"{address}/p2p/{self._host.id}"
-            self._introduction = pack(Introduce([address], socket.gethostname(), [], 2**23)) + pack(Ready(1))
+            self._introduction = pack(Introduce([address], socket.gethostname(), [], 2**23, False)) + pack(Ready(1))
             self._started.set()
             await stopping.wait()
 
