@@ -172,7 +172,7 @@ class Keyring:
         and the case as well.
         """
         if self._one_user and is_credential(name):
-            return EVERYONE
+            return None
         lines = headers.get_list(name)
         if lines is None:
             return None
