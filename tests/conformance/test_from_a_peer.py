@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import subprocess
 import sys
 import threading
@@ -63,6 +65,12 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[httpx.Cli
         client.close()
 
 
+@pytest.fixture(scope="module")
+def ports() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as held:
+        yield held
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
@@ -71,12 +79,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.mark.parametrize("name", PLAYED)
-def test_it_does_not_matter_which_runner_asks(name: str, runners: list[httpx.Client], clock: Clock) -> None:
+def test_it_does_not_matter_which_runner_asks(
+    name: str, runners: list[httpx.Client], clock: Clock, ports: contextlib.ExitStack
+) -> None:
     with Scripted() as server:  # an origin of its own: nothing is left of the scenario before
         run = Run(server, clock, SCENARIOS[name])
         for number, (request, step) in enumerate(run.requests(runners[0].build_request), 1):
             run.check(step, runners[number % 2].send(request), number)
             arrived(runners, [server.url + other.path for other in run.steps])
+    # The URLs of this scenario are not to be those of a later one.
+    ports.enter_context(socket.create_server(("127.0.0.1", int(server.netloc.rpartition(":")[2]))))
 
 
 def arrived(runners: list[httpx.Client], urls: list[str]) -> None:
