@@ -9,9 +9,9 @@ import sys
 import time
 from typing import Any
 
-from benchmarks import fleet, hit, start
+from benchmarks import faults, fleet, hit, start
 
-BENCHMARKS = {"hit": hit.run, "start": start.run, "fleet": fleet.run}
+BENCHMARKS = {"hit": hit.run, "start": start.run, "fleet": fleet.run, "faults": faults.run}
 
 
 def main() -> None:

@@ -95,6 +95,7 @@ class Run(NamedTuple):
 class Wait(NamedTuple):
     future: Future[Any]
     seconds: float
+    keep: bool = False  # else it is cancelled when it does not come in time: nobody wants it any more
 
 
 class Send(NamedTuple):
@@ -300,14 +301,29 @@ class _Lease:
     flight: int | None = None
     fleet: FleetClaim | None = None
     waiting: Future[Any] | None = None  # what is being waited for, and may be granted while we give up
+    late: bool = False  # the home has not answered in time
     settled: bool = False
 
-    def wait(self, future: Future[Any], seconds: float) -> Generator[Effect, Any, Any]:
-        """Wait for a future that may hold a claim: one that comes while we are cancelled is not lost."""
+    def wait(self, future: Future[Any], seconds: float, *, keep: bool = False) -> Generator[Effect, Any, Any]:
+        """Wait for a future that may hold a claim: one that comes while we are cancelled is not lost.
+
+        ``keep``: it is not cancelled when it does not come in time.
+        """
         self.waiting = future
-        found = yield Wait(future, seconds)
+        found = yield Wait(future, seconds, keep)
         self.waiting = None
         return found
+
+    def adopt_late(self, future: Future[Any]) -> None:
+        """A home was too slow to be waited for, and answers after all: a claim that it grants is ours still."""
+        answer = None if future.cancelled() else future.result()
+        if isinstance(answer, Awaited):
+            answer.answer.cancel()
+        elif isinstance(answer, FleetClaim):
+            if self.settled:
+                self.exchange.network.release(self.claim, self.key, answer, Verdict.ABANDONED)
+            else:
+                self.fleet = answer
 
     def give_up(self, verdict: Verdict) -> None:
         """Settle on the way out, with what may just have been granted."""
@@ -339,7 +355,7 @@ class _Lease:
             self.exchange.flights.release(self.claim, self.flight, Verdict.PUBLISHED)
         if self.exchange.network.active:
             self.exchange.stats.add("published")
-            self.exchange.network.publish(entry, self.claim, refreshed=refreshed)
+            self.exchange.network.publish(entry, self.claim, widely=not self.late, refreshed=refreshed)
 
 
 class _Lookup:
@@ -510,7 +526,11 @@ class _Lookup:
             any_identity=self.shared,
         )
         until = time.monotonic() + self.patience
-        answer = yield from lease.wait(exchange.network.ask(question), settings.lookup_timeout)
+        asked = exchange.network.ask(question)
+        answer = yield from lease.wait(asked, settings.lookup_timeout, keep=True)
+        if answer is None:
+            lease.late = True
+            asked.add_done_callback(lease.adopt_late)
         while isinstance(answer, Awaited):
             self.collapsed = True
             answer = yield from lease.wait(answer.answer, max(0.0, until - time.monotonic()))

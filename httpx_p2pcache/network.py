@@ -87,8 +87,11 @@ class PeerNetwork(Protocol):
         """One question to the key's home."""
         ...
 
-    def publish(self, entry: Entry, claim: bytes, *, refreshed: bool = False) -> None:
-        """Hand an entry to the fleet, which ends the claim by that; ``refreshed``: only its fields are new."""
+    def publish(self, entry: Entry, claim: bytes, *, widely: bool, refreshed: bool = False) -> None:
+        """Hand an entry to the fleet, which ends the claim by that.
+
+        ``widely``: to every member, not to the home alone; ``refreshed``: only its fields are new.
+        """
         ...
 
     def release(self, claim: bytes, key: bytes, held: FleetClaim, verdict: Verdict) -> None:
@@ -141,7 +144,7 @@ class NoPeers:
     def ask(self, question: Question) -> Future[Answer]:  # noqa: ARG002 - the contract's signature
         return resolved(Unclaimed())
 
-    def publish(self, entry: Entry, claim: bytes, *, refreshed: bool = False) -> None: ...
+    def publish(self, entry: Entry, claim: bytes, *, widely: bool, refreshed: bool = False) -> None: ...
 
     def release(self, claim: bytes, key: bytes, held: FleetClaim, verdict: Verdict) -> None: ...
 

@@ -21,7 +21,7 @@ PROBE_SECONDS = 60.0  # between two calls that see whether a refusal still stand
 FIRST_PAUSE = 60.0  # after a secondary limit that names no time
 LONGEST_PAUSE = 3600.0
 MAX_QUOTAS = 1000  # identities and resources known at a time
-TELL_SECONDS = 1.0  # between two messages to the fleet about one quota, unless it begins or ends to refuse
+TELL_SECONDS = 10.0  # between two messages to the fleet about one quota, unless it begins or ends to refuse
 
 Count = Annotated[int, Meta(ge=0, le=2**31)]
 

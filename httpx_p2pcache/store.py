@@ -137,6 +137,15 @@ class Store:
         finally:
             self._lock.release()
 
+    def load_soon(self, key: bytes) -> list[Stored] | None:
+        """:meth:`load`, if no other thread is at work on the store; else None. For a loop that must not wait."""
+        if not self._lock.acquire(timeout=PEEK_SECONDS):
+            return None
+        try:
+            return self.load(key)
+        finally:
+            self._lock.release()
+
     def load(self, key: bytes) -> list[Stored]:
         """All entries of a cache key, of every identity; from memory where that is valid."""
         found = self.peek(key)

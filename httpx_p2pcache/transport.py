@@ -135,7 +135,7 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
             if isinstance(effect, Run):
                 return effect.func()
             if isinstance(effect, Wait):
-                found = _wait_for(effect.future, effect.seconds)
+                found = _wait_for(effect.future, effect.seconds, effect.keep)
                 return None if found is _NOT_IN_TIME else found
             if isinstance(effect, Send):
                 reply = self._sync_origin(request.url).handle_request(_with(request, effect.added))
@@ -170,7 +170,7 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
                 with anyio.CancelScope(shield=True):  # what is begun in the store is finished
                     return await anyio.to_thread.run_sync(effect.func)
             if isinstance(effect, Wait):
-                return await _async_wait_for(effect.future, effect.seconds)
+                return await _async_wait_for(effect.future, effect.seconds, effect.keep)
             if isinstance(effect, Send):
                 origin = self._async_origin(request.url)
                 reply = await origin.handle_async_request(_with(request, effect.added))
@@ -435,12 +435,14 @@ def _asyncio_loop() -> AbstractEventLoop | None:
 _NOT_IN_TIME = object()
 
 
-def _wait_for(future: Future[Any], timeout: float) -> Any:
+def _wait_for(future: Future[Any], timeout: float, keep: bool = False) -> Any:
     """The result, or ``_NOT_IN_TIME``; whoever stops waiting cancels the future, so that nothing is granted in vain."""
     try:
         return future.result(timeout)
     except (FutureTimeout, CancelledError):
-        if future.cancel() or not future.done():
+        if not future.done() and (keep or future.cancel()):
+            return _NOT_IN_TIME
+        if future.cancelled():
             return _NOT_IN_TIME
         return future.result()  # it came while we gave up
     except BaseException:
@@ -448,7 +450,7 @@ def _wait_for(future: Future[Any], timeout: float) -> Any:
         raise
 
 
-async def _async_wait_for(future: Future[Any], timeout: float) -> Any:
+async def _async_wait_for(future: Future[Any], timeout: float, keep: bool = False) -> Any:
     """The same from asyncio or trio: the caller's loop is never blocked, and is woken without blocking the node's."""
     woken = anyio.Event()
     native: Any = anyio.lowlevel.current_token().native_token
@@ -467,4 +469,6 @@ async def _async_wait_for(future: Future[Any], timeout: float) -> Any:
     except BaseException:
         future.cancel()
         raise
-    return None if future.cancel() or not future.done() else future.result()
+    if not future.done() and (keep or future.cancel()):
+        return None
+    return None if future.cancelled() else future.result()

@@ -86,9 +86,9 @@ class EmbeddedNode:
             _settle(future, Unclaimed())
         return future
 
-    def publish(self, entry: Entry, claim: bytes, *, refreshed: bool = False) -> None:
+    def publish(self, entry: Entry, claim: bytes, *, widely: bool, refreshed: bool = False) -> None:
         async def publish(fleet: Fleet) -> None:
-            await fleet.home.publish(entry, claim, refreshed=refreshed)
+            await fleet.home.publish(entry, claim, widely=widely, refreshed=refreshed)
 
         self._soon(lambda fleet: fleet.spawn(publish, fleet))
 

@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("httpx_p2pcache")
 
 MAX_HOMES = 3  # asked in turn, when one after another is lost while we wait there
+BUSY = 4  # questions under way beyond which the next is told to wait before it is looked at
+MAX_KEPT_SEALED = 64 * 1024  # bytes of a sealed entry that is kept beside it, for the next who asks
 MAX_HINTS = 20_000  # cache keys of which we know who holds them
 
 
@@ -99,6 +101,7 @@ class Home:
         self._fetching: dict[bytes, _Fetch] = {}
         self._waiting_at: dict[int, ID] = {}
         self._own_calls = 0
+        self._answering = 0
         self._publishing = 0
         self._all_published = trio.Event()
 
@@ -132,14 +135,16 @@ class Home:
 
     async def _ask_there(self, home: Member, question: Question, future: Future[Answer]) -> Future[Answer] | None:
         """Ask a member; a future if it was lost while we waited there, which is then still to be answered."""
-        settings, link = self._fleet.settings, home.link
+        settings, link, began = self._fleet.settings, home.link, trio.current_time()
         with link.open_call() as call:
             try:
                 with trio.fail_after(settings.lookup_timeout):
                     await link.send(Ask(call.number, question))
                     answer = await call.receive(settings.lookup_timeout)
             except trio.TooSlowError:
-                self._fleet.suspect(home.peer_id)
+                # A busy home is heard of, though late; one that says nothing at all is not asked for the time being.
+                if home.heard() < began:
+                    self._fleet.suspect(home.peer_id)
                 raise OSError("the home does not answer") from None
             if isinstance(answer, Wait):
                 later: Future[Answer] = Future()
@@ -224,8 +229,12 @@ class Home:
             except OSError:
                 self._fleet.stats.add("peer_failures")
 
-    async def publish(self, entry: Entry, claim: bytes, *, refreshed: bool) -> None:
-        """This node has fetched or refreshed ``entry``: the home first, which serves those who wait, then the rest."""
+    async def publish(self, entry: Entry, claim: bytes, *, refreshed: bool, widely: bool) -> None:
+        """This node has fetched or refreshed ``entry``: the home first, which serves those who wait, then the rest.
+
+        Not ``widely``: to the home alone. Where a home is too busy to answer in time every member may be fetching the
+        same, and the last thing it needs is a copy from each.
+        """
         self._fetching.pop(claim, None)
         self._tell(self._claims.release(claim, None, Verdict.PUBLISHED, trio.current_time()))
         if not self._fleet.members:
@@ -241,7 +250,7 @@ class Home:
             forms = [light, whole] if refreshed else [whole]
             served = set() if home is None else await self._publish_at(home, key, claim, forms, entry.received)
             async with trio.open_nursery() as nursery:
-                for member in list(self._fleet.members.values()):
+                for member in list(self._fleet.members.values()) if widely else ():
                     if member.peer_id.to_bytes() not in served and len(entry.body) <= member.takes:
                         nursery.start_soon(self._push, member, key, claim, light, entry.received)
         finally:
@@ -328,7 +337,17 @@ class Home:
             await link.send(Release(message.claim, message.id, Verdict.ABANDONED))
 
     async def _asked(self, link: Link, message: Ask) -> None:
+        self._answering += 1
+        try:
+            await self._answer(link, message)
+        finally:
+            self._answering -= 1
+
+    async def _answer(self, link: Link, message: Ask) -> None:
         question, call = message.question, message.call
+        told_to_wait = self._answering > BUSY and not message.forwarded
+        if told_to_wait:  # before it believes that nobody is here
+            await link.send(Wait(call))
         if not message.forwarded:
             await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
         stored = await (self._select(question) if message.forwarded else self._find(question))
@@ -346,7 +365,8 @@ class Home:
         asker = Asker(link.peer_id, call, question, tell)
         answer = self._claims.ask(question.claim, asker, trio.current_time())
         if isinstance(answer, Pending):
-            await link.send(Wait(call))
+            if not told_to_wait:
+                await link.send(Wait(call))
         elif isinstance(answer, Go):
             await link.send(Nothing(call))
         else:
@@ -355,7 +375,7 @@ class Home:
     async def _grant(self, link: Link, call: int, question: Question, id_: int, stale: Stored | None) -> None:
         sealed, resident = b"", 0.0
         if stale is not None and stale.entry.digest != question.holds:
-            sealed = self._fleet.keyring.seal_entry(stale.entry)
+            sealed = self._seal(stale, light=False)
             resident = _resident(stale.entry.received)
         try:
             await link.send(Granted(call, question.claim, id_, sealed, resident))
@@ -409,10 +429,7 @@ class Home:
         return await self._select(question)
 
     async def _select(self, question: Question) -> Stored | None:
-        store = self._fleet.store
-        held = store.peek(question.key)
-        if held is None:
-            held = await self._fleet.in_worker(partial(store.load, question.key))
+        held = await self._load(question.key)
         now = time.time()
         chosen = [
             stored
@@ -425,11 +442,23 @@ class Home:
             chosen, key=lambda s: (s.fresh(now), s.entry.identity == question.identity, -s.entry.age(now)), default=None
         )
 
+    async def _load(self, key: bytes) -> list[Stored]:
+        held = self._fleet.store.load_soon(key)
+        return held if held is not None else await self._fleet.in_worker(partial(self._fleet.store.load, key))
+
     def _sealed(self, stored: Stored, question: Question) -> bytes:
-        entry = stored.entry
-        if entry.body and entry.digest == question.holds:
-            entry = msgspec.structs.replace(entry, body=b"")
-        return self._fleet.keyring.seal_entry(entry)
+        return self._seal(stored, light=stored.entry.digest == question.holds)
+
+    def _seal(self, stored: Stored, *, light: bool) -> bytes:
+        """An entry sealed, once however many members ask for it; ``light``: without its body."""
+        known = stored.memo.get(("sealed", light))
+        if isinstance(known, bytes):
+            return known
+        entry = msgspec.structs.replace(stored.entry, body=b"") if light else stored.entry
+        sealed = self._fleet.keyring.seal_entry(entry)
+        if len(sealed) <= MAX_KEPT_SEALED:
+            stored.memo["sealed", light] = sealed
+        return sealed
 
     async def _received(self, key: bytes, sealed: bytes, resident: float, *, missing_ok: bool = True) -> Stored | None:
         """An entry from a peer, checked and stored; None if it is not believed, not whole, or no longer valid.
@@ -439,9 +468,7 @@ class Home:
         fleet = self._fleet
         try:
             entry = fleet.keyring.open_entry(sealed, key)
-            held = fleet.store.peek(key)
-            if held is None:
-                held = await fleet.in_worker(partial(fleet.store.load, key))
+            held = await self._load(key)
             if not entry.body and entry.digest != EMPTY:
                 body = next((s.entry.body for s in held if s.entry.digest == entry.digest), None)
                 if body is None and not missing_ok:
