@@ -523,6 +523,7 @@ class _Lookup:
             identity=self.identity,
             selecting=exchange.keyring.selecting(self.request.headers, names),
             holds=self.held[0].entry.digest if self.held else b"",
+            age=self.held[0].entry.age(time.time()) if self.held else 0.0,
             any_identity=self.shared,
         )
         until = time.monotonic() + self.patience

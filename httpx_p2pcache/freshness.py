@@ -153,13 +153,14 @@ def machine_entry(
         if "max-stale" in wishes and not must_not_be_stale(entry):  # §5.2.1.2
             fresh_for += _LONGEST if wishes["max-stale"] is None else seconds(wishes["max-stale"])
         fresh_for -= seconds(wishes.get("min-fresh"))  # §5.2.1.3
-        if "max-age" in wishes:  # §5.2.1.1: unwilling to accept an age greater than that
-            fresh_for = min(fresh_for, seconds(wishes["max-age"]) + 1)
+        if "max-age" in wishes:  # §5.2.1.1: unwilling to accept an age greater than that; 0 asks for validation
+            limit = seconds(wishes["max-age"])
+            fresh_for = min(fresh_for, limit + 1 if limit else 0)
     shown: dict[str, str] = {
         name: ", ".join(entry.headers[name]) for name in ("etag", "last-modified") if name in entry.headers
     }
-    # The machine counts whole seconds since Date and asks for age < max-age: both are rounded against freshness.
-    shown["date"] = formatdate(math.floor(now - age), usegmt=True)
+    # The machine counts whole seconds since Date and asks for age < max-age.
+    shown["date"] = formatdate(math.floor(now) - math.floor(age), usegmt=True)
     shown["cache-control"] = f"max-age={max(0, math.floor(min(fresh_for or 0, _LONGEST)))}"
     if control.get("no-cache", "") is None:
         shown["cache-control"] += ", no-cache"
@@ -171,7 +172,7 @@ def machine_unproven(entry: Entry, id_: uuid.UUID, etag: str, now: float) -> his
     """``entry`` as one that may be used only once the origin has said 304 to ``etag``."""
     fields = {
         "etag": etag,
-        "date": formatdate(math.floor(now - entry.age(now)), usegmt=True),
+        "date": formatdate(math.floor(now) - math.floor(entry.age(now)), usegmt=True),
         "cache-control": "no-cache",
     }
     response = hishel.Response(entry.status, Headers(fields))

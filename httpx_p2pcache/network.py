@@ -24,8 +24,8 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """*Give me this, or let me fetch it.*
 
     ``selecting`` holds the request's fields as they may be sent (credentials as digests); ``holds`` the digest of a
-    body that the asker has already and need not be sent again, b"" for none; ``any_identity`` says that an entry of
-    another identity helps as well.
+    body that the asker has already and need not be sent again, b"" for none, and ``age`` the age in seconds of the
+    entry that has it: only a younger one helps; ``any_identity``: an entry of another identity helps as well.
     """
 
     key: Key
@@ -34,6 +34,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     identity: Digest
     selecting: Annotated[dict[str, str], Meta(max_length=100)]
     holds: Annotated[bytes, Meta(max_length=16)] = b""
+    age: Annotated[float, Meta(ge=0)] = 0.0
     any_identity: bool = False
 
 

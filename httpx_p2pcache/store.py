@@ -86,7 +86,7 @@ class Stored:
 
     def fresh(self, now: float) -> bool:
         """Whether it may be used without validation by a request that asks nothing special of a cache."""
-        return self.reusable and math.ceil(self.entry.age(now)) < self.fresh_for
+        return self.reusable and math.floor(self.entry.age(now)) < self.fresh_for
 
 
 class Store:

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("httpx_p2pcache")
 
 MAX_HOMES = 3  # asked in turn, when one after another is lost while we wait there
+SAME_AGE = 0.5  # seconds by which the age of one entry may differ between two members
 BUSY = 4  # questions under way beyond which the next is told to wait before it is looked at
 MAX_KEPT_SEALED = 64 * 1024  # bytes of a sealed entry that is kept beside it, for the next who asks
 MAX_HINTS = 20_000  # cache keys of which we know who holds them
@@ -172,7 +173,7 @@ class Home:
         """The same question where we are the home ourselves."""
         await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
         stored = await self._find(question)
-        if stored is not None and stored.fresh(time.time()):
+        if _helps(stored, question):
             self._resolve(future, network.Found(), question)
             return
         self._own_calls += 1
@@ -351,8 +352,7 @@ class Home:
         if not message.forwarded:
             await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
         stored = await (self._select(question) if message.forwarded else self._find(question))
-        now = time.time()
-        if stored is not None and stored.fresh(now):
+        if stored is not None and _helps(stored, question):
             await link.send(Found(call, self._sealed(stored, question), _resident(stored.entry.received)))
             return
         if message.forwarded:
@@ -413,7 +413,7 @@ class Home:
     async def _find(self, question: Question) -> Stored | None:
         """The entry that helps an asker most: from the store, else from the member that is known to hold it."""
         stored = await self._select(question)
-        if stored is not None and stored.fresh(time.time()):
+        if _helps(stored, question):
             return stored
         holder = self._fleet.members.get(self._hints.get(question.key, self._fleet.host.id))
         if holder is None or holder.suspect:
@@ -533,6 +533,14 @@ class Home:
 
 
 EMPTY = hashlib.sha256(b"").digest()[:16]
+
+
+def _helps(stored: Stored | None, question: Question) -> bool:
+    """Whether an entry is fresh, and another than the one which the asker has found to be stale."""
+    now = time.time()
+    if stored is None or not stored.fresh(now):
+        return False
+    return stored.entry.digest != question.holds or stored.entry.age(now) < question.age - SAME_AGE
 
 
 def _resident(received: float) -> float:

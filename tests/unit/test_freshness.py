@@ -376,7 +376,9 @@ def test_an_entry_is_used_exactly_when_rfc_9111_allows_it(
     if max_stale is not None and more not in (", must-revalidate", ", no-cache"):
         allowance = float("inf") if isinstance(max_stale, str) else max_stale
     may = (
-        age + (min_fresh or 0) < fresh_for + allowance and (max_age is None or age <= max_age) and more != ", no-cache"
+        age + (min_fresh or 0) < fresh_for + allowance
+        and (max_age is None or (age <= max_age and max_age > 0))  # 0 is how clients ask for validation
+        and more != ", no-cache"
     )
     state = verdict({"cache-control": [f"max-age={fresh_for}{more}"]}, wishes, float(age))
     assert (state is hishel.FromCache) == may

@@ -573,7 +573,7 @@ print(json.dumps(codes))
     [
         ("max-age=60", 0.0, True),
         ("max-age=60", 59.0, True),
-        ("max-age=60", 59.1, False),
+        ("max-age=60", 59.9, True),
         ("max-age=60", 60.0, False),
         ("max-age=0", 0.0, False),
         ("max-age=60, no-cache", 0.0, False),
