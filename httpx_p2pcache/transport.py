@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import ssl
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -20,11 +18,11 @@ import httpx
 from hishel import Headers
 
 # Not public, and pinned by the dependency on httpx < 0.29: nothing else knows what NO_PROXY means to httpx.
-from httpx._utils import URLPattern, get_environment_proxies
-
 from httpx_p2pcache import runner
+from httpx_p2pcache.answers import Answer, Effect, Reply, Run, Send, Wait, Way
 from httpx_p2pcache.exceptions import ConfigurationError
-from httpx_p2pcache.exchange import Answer, Effect, Keep, Reply, Run, Send, Wait, Way
+from httpx_p2pcache.keep import Keep
+from httpx_p2pcache.origins import Origins
 from httpx_p2pcache.settings import Settings
 
 if TYPE_CHECKING:
@@ -57,7 +55,7 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
     ) -> None:
         self.settings = Settings.from_env() if settings is None else settings
         self.next_transport = next_transport
-        self._origins = _Origins() if next_transport is None else None
+        self._origins = Origins() if next_transport is None else None
         self._exchange = runner.acquire(self.settings)
         self._lock = threading.Lock()
         self._released = False
@@ -233,67 +231,6 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
         inner: Any = self._origins or self.next_transport
         if hasattr(inner, "aclose"):
             await inner.aclose()
-
-
-class _Origins:
-    """httpx's own transports, made when first needed: direct, and one per proxy of the environment.
-
-    An httpx client that is given a transport does not look at ``HTTP_PROXY`` and its kin; so we do. Loading the SSL
-    context takes 130 ms in which no other thread of the process runs, the node's included: so it begins at once.
-    """
-
-    def __init__(self) -> None:
-        self._begin()
-
-    def _begin_anew_after_fork(self) -> None:
-        # The thread that loads does not come along, a lock may be held by one that did not, connections are not ours.
-        if self._pid != os.getpid():
-            self._begin()
-
-    def _begin(self) -> None:
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._sync: dict[str | None, httpx.HTTPTransport] = {}
-        self._async: dict[str | None, httpx.AsyncHTTPTransport] = {}
-        self._context: Future[ssl.SSLContext] = Future()
-        threading.Thread(target=self._load, name="p2pcache-ssl", daemon=True).start()
-
-    def _load(self) -> None:
-        try:
-            self._context.set_result(httpx.create_ssl_context())
-        except Exception as exc:  # a bad SSL_CERT_FILE: raised at the first request, as httpx would
-            self._context.set_exception(exc)
-
-    def sync_for(self, url: httpx.URL) -> httpx.HTTPTransport:
-        proxy = _proxy_for(url)
-        self._begin_anew_after_fork()
-        with self._lock:
-            if proxy not in self._sync:
-                self._sync[proxy] = httpx.HTTPTransport(verify=self._context.result(), proxy=proxy)
-            return self._sync[proxy]
-
-    def async_for(self, url: httpx.URL) -> httpx.AsyncHTTPTransport:
-        proxy = _proxy_for(url)
-        self._begin_anew_after_fork()
-        with self._lock:
-            if proxy not in self._async:
-                self._async[proxy] = httpx.AsyncHTTPTransport(verify=self._context.result(), proxy=proxy)
-            return self._async[proxy]
-
-    def close(self) -> None:
-        for transport in self._sync.values():
-            transport.close()
-
-    async def aclose(self) -> None:
-        for transport in self._async.values():
-            await transport.aclose()
-
-
-def _proxy_for(url: httpx.URL) -> str | None:
-    """The proxy that httpx would take from the environment; None: none."""
-    proxies = get_environment_proxies()
-    patterns = sorted((URLPattern(key), proxy) for key, proxy in proxies.items())
-    return next((proxy for pattern, proxy in patterns if pattern.matches(url)), None)
 
 
 def _discard(response: httpx.Response) -> None:

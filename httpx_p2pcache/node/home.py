@@ -33,9 +33,7 @@ from httpx_p2pcache import network
 from httpx_p2pcache.claims import ClaimTable, Go, Look, Pending, Tidings, Told, Verdict
 from httpx_p2pcache.claims import Granted as ClaimGranted
 from httpx_p2pcache.entries import Entry, cache_key
-from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.network import Answer, Awaited, FleetClaim, Question, Unclaimed
-from httpx_p2pcache.node.checks import believed
 from httpx_p2pcache.node.members import Link, Member
 from httpx_p2pcache.node.protocol import (
     Ask,
@@ -53,8 +51,9 @@ from httpx_p2pcache.node.protocol import (
     TellQuota,
     Wait,
 )
+from httpx_p2pcache.node.shelf import BodyMissing, Shelf, helps, resident
 from httpx_p2pcache.quota import Quota
-from httpx_p2pcache.store import Stored, same_place
+from httpx_p2pcache.stored import Stored
 
 if TYPE_CHECKING:
     from httpx_p2pcache.node.fleet import Fleet
@@ -62,9 +61,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("httpx_p2pcache")
 
 MAX_HOMES = 3  # asked in turn, when one after another is lost while we wait there
-SAME_AGE = 0.5  # seconds by which the age of one entry may differ between two members
 BUSY = 4  # questions under way beyond which the next is told to wait before it is looked at
-MAX_KEPT_SEALED = 64 * 1024  # bytes of a sealed entry that is kept beside it, for the next who asks
 MAX_HINTS = 20_000  # cache keys of which we know who holds them
 
 
@@ -74,10 +71,6 @@ class _Fetch(NamedTuple):
     id: int
     ends: float
     granter: ID
-
-
-class _BodyMissing(Exception):
-    """An entry came without its body, as we should hold it: but we do not."""
 
 
 class Asker(NamedTuple):
@@ -97,6 +90,7 @@ class Home:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
+        self._shelf = Shelf(fleet)
         self._claims: ClaimTable[Asker] = ClaimTable(fleet.settings.claim_timeout)
         self._hints: OrderedDict[bytes, ID] = OrderedDict()
         self._fetching: dict[bytes, _Fetch] = {}
@@ -159,11 +153,11 @@ class Home:
                 finally:
                     del self._waiting_at[id(call)]
             if isinstance(answer, Found):
-                stored = await self._received(question.key, answer.sealed, answer.resident)
+                stored = await self._shelf.received(question.key, answer.sealed, answer.resident)
                 self._resolve(future, Unclaimed() if stored is None else network.Found(), question)
             elif isinstance(answer, Granted):
                 if answer.sealed:
-                    await self._received(question.key, answer.sealed, answer.resident)
+                    await self._shelf.received(question.key, answer.sealed, answer.resident)
                 self._granted(future, question, answer.id, home.peer_id)
             else:
                 self._resolve(future, Unclaimed(), question)
@@ -173,7 +167,7 @@ class Home:
         """The same question where we are the home ourselves."""
         await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
         stored = await self._find(question)
-        if _helps(stored, question):
+        if helps(stored, question):
             self._resolve(future, network.Found(), question)
             return
         self._own_calls += 1
@@ -267,7 +261,7 @@ class Home:
         for sealed in forms:
 
             def build(number: int, sealed: bytes = sealed) -> Publish:
-                return Publish(number, key, claim, sealed, _resident(received))
+                return Publish(number, key, claim, sealed, resident(received))
 
             try:
                 answer = await home.link.call(build, self._fleet.settings.claim_timeout)
@@ -286,7 +280,7 @@ class Home:
     async def _push(self, member: Member, key: bytes, claim: bytes, sealed: bytes, received: float) -> None:
         try:
             if member.links:
-                await member.link.send(Push(key, claim, sealed, _resident(received)))
+                await member.link.send(Push(key, claim, sealed, resident(received)))
         except OSError:
             self._fleet.stats.add("peer_failures")
 
@@ -323,7 +317,7 @@ class Home:
         elif isinstance(message, Publish):
             await self._published(link, message)
         elif isinstance(message, Push):
-            stored = await self._received(message.key, message.sealed, message.resident)
+            stored = await self._shelf.received(message.key, message.sealed, message.resident)
             if stored is not None:
                 self._tell(self._claims.release(message.claim, None, Verdict.PUBLISHED, trio.current_time()))
         elif isinstance(message, Release):
@@ -351,9 +345,9 @@ class Home:
             await link.send(Wait(call))
         if not message.forwarded:
             await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
-        stored = await (self._select(question) if message.forwarded else self._find(question))
-        if stored is not None and _helps(stored, question):
-            await link.send(Found(call, self._sealed(stored, question), _resident(stored.entry.received)))
+        stored = await (self._shelf.select(question) if message.forwarded else self._find(question))
+        if stored is not None and helps(stored, question):
+            await link.send(Found(call, self._shelf.sealed(stored, question), resident(stored.entry.received)))
             return
         if message.forwarded:
             await link.send(Nothing(call))
@@ -373,12 +367,12 @@ class Home:
             await self._grant(link, call, question, answer.id, stored)
 
     async def _grant(self, link: Link, call: int, question: Question, id_: int, stale: Stored | None) -> None:
-        sealed, resident = b"", 0.0
+        sealed, held_for = b"", 0.0
         if stale is not None and stale.entry.digest != question.holds:
-            sealed = self._seal(stale, light=False)
-            resident = _resident(stale.entry.received)
+            sealed = self._shelf.seal(stale, light=False)
+            held_for = resident(stale.entry.received)
         try:
-            await link.send(Granted(call, question.claim, id_, sealed, resident))
+            await link.send(Granted(call, question.claim, id_, sealed, held_for))
         except OSError:
             self._tell(self._claims.release(question.claim, id_, Verdict.ABANDONED, trio.current_time()))
             raise
@@ -386,12 +380,12 @@ class Home:
     async def _deliver(self, link: Link, call: int, question: Question, tidings: Tidings) -> None:
         """What a member waits for has been decided."""
         try:
-            stored = await self._select(question)
+            stored = await self._shelf.select(question)
             if isinstance(tidings, ClaimGranted):
                 await self._grant(link, call, question, tidings.id, stored)
             elif isinstance(tidings, Look) and stored is not None:
-                resident = _resident(stored.entry.received)
-                await link.send(Found(call, self._sealed(stored, question), resident))
+                held_for = resident(stored.entry.received)
+                await link.send(Found(call, self._shelf.sealed(stored, question), held_for))
             else:
                 await link.send(Nothing(call))
         except OSError:
@@ -399,8 +393,8 @@ class Home:
 
     async def _published(self, link: Link, message: Publish) -> None:
         try:
-            stored = await self._received(message.key, message.sealed, message.resident, missing_ok=False)
-        except _BodyMissing:
+            stored = await self._shelf.received(message.key, message.sealed, message.resident, missing_ok=False)
+        except BodyMissing:
             await link.send(Published(message.call, [], False))
             return
         # What is not believed here will not be believed a second time: who waits goes on.
@@ -412,8 +406,8 @@ class Home:
 
     async def _find(self, question: Question) -> Stored | None:
         """The entry that helps an asker most: from the store, else from the member that is known to hold it."""
-        stored = await self._select(question)
-        if _helps(stored, question):
+        stored = await self._shelf.select(question)
+        if helps(stored, question):
             return stored
         holder = self._fleet.members.get(self._hints.get(question.key, self._fleet.host.id))
         if holder is None or holder.suspect:
@@ -425,72 +419,8 @@ class Home:
         except OSError:
             return stored
         if isinstance(answer, Found):
-            await self._received(question.key, answer.sealed, answer.resident)
-        return await self._select(question)
-
-    async def _select(self, question: Question) -> Stored | None:
-        held = await self._load(question.key)
-        now = time.time()
-        chosen = [
-            stored
-            for stored in held
-            if (question.any_identity or stored.entry.identity == question.identity or "public" in stored.control)
-            and stored.matches(question.method, question.selecting.get, any_identity=question.any_identity)
-            and (stored.entry.status == 200 or stored.entry.identity == question.identity)
-        ]
-        return max(
-            chosen, key=lambda s: (s.fresh(now), s.entry.identity == question.identity, -s.entry.age(now)), default=None
-        )
-
-    async def _load(self, key: bytes) -> list[Stored]:
-        held = self._fleet.store.load_soon(key)
-        return held if held is not None else await self._fleet.in_worker(partial(self._fleet.store.load, key))
-
-    def _sealed(self, stored: Stored, question: Question) -> bytes:
-        return self._seal(stored, light=stored.entry.digest == question.holds)
-
-    def _seal(self, stored: Stored, *, light: bool) -> bytes:
-        """An entry sealed, once however many members ask for it; ``light``: without its body."""
-        known = stored.memo.get(("sealed", light))
-        if isinstance(known, bytes):
-            return known
-        entry = msgspec.structs.replace(stored.entry, body=b"") if light else stored.entry
-        sealed = self._fleet.keyring.seal_entry(entry)
-        if len(sealed) <= MAX_KEPT_SEALED:
-            stored.memo["sealed", light] = sealed
-        return sealed
-
-    async def _received(self, key: bytes, sealed: bytes, resident: float, *, missing_ok: bool = True) -> Stored | None:
-        """An entry from a peer, checked and stored; None if it is not believed, not whole, or no longer valid.
-
-        Raises ``_BodyMissing`` for one that is not whole unless ``missing_ok``.
-        """
-        fleet = self._fleet
-        try:
-            entry = fleet.keyring.open_entry(sealed, key)
-            held = await self._load(key)
-            if not entry.body and entry.digest != EMPTY:
-                body = next((s.entry.body for s in held if s.entry.digest == entry.digest), None)
-                if body is None and not missing_ok:
-                    raise _BodyMissing
-                if body is None:
-                    return None
-                entry = msgspec.structs.replace(entry, body=body)
-            now = time.time()
-            entry = believed(entry, resident, now, fleet.settings.max_body_size)
-        except Rejected as exc:
-            logger.debug("an entry from a peer was not believed: %s", exc)
-            fleet.stats.add("rejected")
-            return None
-        for stored in held:
-            # It has come by another way already, or a newer one has.
-            newer = stored.entry.age(now) - entry.age(now)
-            known = stored.entry.digest == entry.digest and newer <= 1.0
-            if same_place(stored.entry, entry) and (known or newer < 0):
-                return stored
-        fleet.stats.add("received")
-        # Its age is counted from when the origin was asked: what was written since then makes it void.
-        return await fleet.in_worker(partial(fleet.store.save, entry, since=now - entry.initial_age))
+            await self._shelf.received(question.key, answer.sealed, answer.resident)
+        return await self._shelf.select(question)
 
     def _tell(self, told: Told[Asker]) -> None:
         for _, asker, tidings in told:
@@ -530,22 +460,6 @@ class Home:
             question = Question(key=bytes(32), claim=claim, method="", identity="", selecting={})
             life = min(left, self._fleet.settings.claim_timeout)
             self._claims.adopt(claim, Asker(peer_id, 0, question, _nobody), now + life, id_)
-
-
-EMPTY = hashlib.sha256(b"").digest()[:16]
-
-
-def _helps(stored: Stored | None, question: Question) -> bool:
-    """Whether an entry is fresh, and another than the one which the asker has found to be stale."""
-    now = time.time()
-    if stored is None or not stored.fresh(now):
-        return False
-    return stored.entry.digest != question.holds or stored.entry.age(now) < question.age - SAME_AGE
-
-
-def _resident(received: float) -> float:
-    """For how many seconds we have held what was ``received`` then."""
-    return max(0.0, time.time() - received)
 
 
 def _nobody(tidings: Tidings) -> None:

@@ -95,6 +95,12 @@ def machine_says(entries: list[Entry], request: hishel.Request, now: float) -> t
     return state, [one.response.headers["date"] for one in shown]
 
 
+def for_all(entry: Entry) -> bool:
+    """Whether another identity may have it as it is: public, and not for shared caches alone."""
+    control = directives(entry.headers)
+    return "public" in control and not {"s-maxage", "proxy-revalidate"} & set(control)
+
+
 PUBLIC = {"cache-control": ["public, max-age=600"]}
 
 
@@ -137,7 +143,7 @@ def test_the_hot_path_answers_only_what_the_machine_would_and_with_the_same_entr
     usable = [
         entry
         for entry in held
-        if (entry.identity == keyring.identity(request) or "public" in directives(entry.headers))
+        if (entry.identity == keyring.identity(request) or for_all(entry))
         and (entry.method == method or (method, entry.method) == ("HEAD", "GET"))
         and all(
             name != "*" and keyring.selecting_value(request.headers, name) == entry.selecting.get(name)

@@ -1,0 +1,61 @@
+"""Saving a response while its caller reads it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from httpx_p2pcache.answers import Reply
+from httpx_p2pcache.claims import Verdict
+from httpx_p2pcache.lease import Lease
+
+if TYPE_CHECKING:
+    from httpx_p2pcache.lookup import Lookup
+
+logger = logging.getLogger("httpx_p2pcache")
+
+
+class Keep:
+    """Saves a reply while its caller reads it; told by the stream how that went. Exactly one of the ends counts."""
+
+    def __init__(self, lookup: Lookup, reply: Reply, sent: float, lease: Lease) -> None:
+        self._lookup = lookup
+        self._reply = reply
+        self._sent = sent
+        self._lease = lease
+        self._chunks: list[bytes] = []
+        self._left = lookup.exchange.settings.max_body_size
+
+    def feed(self, chunk: bytes) -> None:
+        """A piece of the body has been read. A body that grows too large is let go."""
+        self._left -= len(chunk)
+        if self._left >= 0:
+            self._chunks.append(chunk)
+        else:
+            self._chunks = []
+            self._lease.settle(Verdict.UNSTORABLE)
+
+    def finish(self) -> None:
+        """The body has been read to its end: saved here, then published. May touch the disk."""
+        if self._left < 0:
+            return
+        exchange = self._lookup.exchange
+        try:
+            entry = self._lookup.entry(self._reply, b"".join(self._chunks), self._sent)
+            saved = exchange.store.save(entry, since=self._sent)
+            exchange.stats.add("stored")
+            if exchange.github.follows(entry.url):
+                exchange.github.learn(self._lookup.request.headers, entry)
+            if self._lookup.shared and entry.status != 200:
+                self._lease.settle(Verdict.FAILED)  # true for this identity: the next one has to see for itself
+            elif saved is not None and self._lookup.shareable(entry):
+                self._lease.publish(entry)
+            else:
+                self._lease.settle(Verdict.PUBLISHED, fleet=Verdict.UNSTORABLE)
+        except Exception:  # the caller has its response: a store that fails must not take it away
+            logger.debug("an entry could not be kept", exc_info=True)
+            self._lease.settle(Verdict.UNSTORABLE)
+
+    def abandon(self) -> None:
+        """The body will not be read to its end. After ``finish`` this does nothing."""
+        self._lease.settle(Verdict.ABANDONED)

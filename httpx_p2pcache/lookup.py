@@ -1,0 +1,452 @@
+"""The way of one GET or HEAD: steps 2 to 7 of a request's way (see ``exchange``)."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Generator, Hashable, Sequence
+from concurrent.futures import Future
+from email.utils import formatdate
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import hishel
+import msgspec
+from hishel import CacheOptions
+
+from httpx_p2pcache.answers import Answer, Discard, Effect, Reply, Run, Send, Wait, Way, caching
+from httpx_p2pcache.claims import Granted, Look, Verdict
+from httpx_p2pcache.conditions import combined, opaque, viewed
+from httpx_p2pcache.entries import (
+    ANONYMOUS,
+    Entry,
+    body_digest,
+    cache_key,
+    claim_key,
+)
+from httpx_p2pcache.freshness import (
+    directives,
+    freshened,
+    initial_age,
+    machine_entry,
+    machine_request,
+    machine_response,
+    machine_unproven,
+    must_not_be_stale,
+    seconds,
+    storable_fields,
+    vary_names,
+)
+from httpx_p2pcache.github import adopted, may_have_grown
+from httpx_p2pcache.keep import Keep
+from httpx_p2pcache.lease import Lease
+from httpx_p2pcache.network import Awaited, FleetClaim, Found, Question
+from httpx_p2pcache.quota import refuses
+from httpx_p2pcache.stored import Stored
+
+if TYPE_CHECKING:
+    from httpx_p2pcache.exchange import Exchange
+
+logger = logging.getLogger("httpx_p2pcache")
+
+CACHEABLE = ("GET", "HEAD")
+# A cache has no part in these; and a GET with content is answered for its content, which no key knows.
+FOR_THE_ORIGIN = frozenset({"if-match", "if-unmodified-since", "transfer-encoding", "upgrade"})
+CONDITIONS = frozenset({"if-modified-since", "if-none-match"})
+SPECIAL = FOR_THE_ORIGIN | CONDITIONS | {"cache-control", "content-length", "if-range", "pragma", "range"}
+# Fields of a request that say nothing about which representation is meant, and are not sent to peers.
+_UNSELECTIVE = frozenset({"connection", "host", "content-length", "transfer-encoding", "te"})
+MAX_SELECTING = 100  # fields of a request beyond which no peer is asked
+_GITHUB_STALE_SECONDS = 86_400.0
+_OPTIONS = CacheOptions(shared=False, supported_methods=list(CACHEABLE))
+
+
+class Lookup:
+    """The way of one GET or HEAD: steps 2 to 7."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        request: hishel.Request,
+        wishes: dict[str, str | None],
+        patience: float | None = None,
+        background: bool = False,
+    ) -> None:
+        self.patience = (
+            exchange.settings.claim_timeout if patience is None else min(patience, exchange.settings.claim_timeout)
+        )
+        self.background = background
+        self.conditional = not CONDITIONS.isdisjoint(request.headers)
+        self.ranged = "range" in request.headers and request.method == "GET"
+        self.exchange = exchange
+        self.request = request
+        self.wishes = wishes
+        self.key = cache_key(request.url)
+        self.identity = exchange.keyring.identity(request)
+        self.shown = machine_request(request)
+        self.shared = exchange.github.shares(request.method, request.url, request.headers)
+        self.held: list[Stored] = []  # what this identity may use, once it is fresh
+        self.others: dict[uuid.UUID, tuple[Stored, str]] = {}  # what it may use once the origin has said 304 to a tag
+        self.collapsed = False
+
+    def way(self, caller: Hashable) -> Way:
+        exchange = self.exchange
+        # Where every identity can use the answer in some way, the whole fleet waits for one fetch.
+        claim = claim_key(self.request, "" if self.shared else self.identity)
+        lease = Lease(exchange, self.key, claim)
+        source = "local"
+        try:
+            if SPECIAL.isdisjoint(self.request.headers):
+                found = yield Run(partial(exchange.store.load, self.key))
+                answer = exchange.fresh(self.request, self.identity, found)
+                if answer is not None:
+                    return answer
+            state = yield from self._look()
+            if isinstance(state, hishel.FromCache):
+                return self._serve(state, source)
+            answer = self._while_revalidate(state)
+            if answer is not None:
+                return answer
+            if self.ranged:  # a part that is not held is not stored either
+                return (yield from exchange.pass_by(self.request, "bypass"))
+            if "only-if-cached" in self.wishes:  # §5.2.1.7
+                return Answer(None, None, "fwd=request; detail=only-if-cached", caching("local"))
+
+            ticket = exchange.flights.ask(claim, caller)
+            if isinstance(ticket, Future):
+                ticket = yield from lease.wait(ticket, self.patience)
+                self.collapsed = isinstance(ticket, Look)
+            if isinstance(ticket, Granted):
+                lease.flight = ticket.id
+            # Look again inside the flight: between our look-up and the ticket another flight may have landed.
+            state = yield from self._look()
+            if isinstance(state, hishel.FromCache):
+                lease.settle(Verdict.PUBLISHED)
+                return self._serve(state, source)
+
+            if lease.flight is not None and (yield from self._ask_the_fleet(lease)):
+                source = "peer"
+            if source == "peer" or lease.fleet is not None:
+                state = yield from self._look()
+                if isinstance(state, hishel.FromCache):
+                    lease.settle(Verdict.PUBLISHED)
+                    return self._serve(state, source)
+            return (yield from self._fetch(state, lease))
+        except BaseException as exc:
+            lease.give_up(Verdict.FAILED if isinstance(exc, Exception) else Verdict.ABANDONED)
+            raise
+
+    def _look(self) -> Generator[Effect, Any, hishel.AnyState]:
+        """What hishel's machine says to what the store holds now."""
+        store, now = self.exchange.store, time.time()
+        found: list[Stored] | None = store.peek(self.key)
+        if found is None:
+            found = yield Run(partial(store.load, self.key))
+        exchange, value_of = self.exchange, self.exchange.value_of(self.request)
+        found = found or []
+        self.held = [
+            stored
+            for stored in found
+            if exchange.may_use(stored, self.identity) and stored.matches(self.request.method, value_of)
+        ]
+        ttl = exchange.settings.default_ttl
+        method, wishes = self.request.method, self.wishes
+        shown = [machine_entry(stored.entry, method, stored.id, wishes, now, ttl) for stored in self.held]
+        if exchange.github.follows(self.request.url):
+            shown = [view for stored, view in zip(self.held, shown, strict=True) if not self._incomplete(stored, view)]
+        self.others = {}
+        if self.shared:
+            shown += yield Run(partial(self._others, found, now))
+        return hishel.IdleClient(options=_OPTIONS).next(self.shown, shown)
+
+    def _incomplete(self, stored: Stored, view: hishel.Entry) -> bool:
+        """Whether it would have to be validated, and a 304 would not tell all."""
+        state = hishel.IdleClient(options=_OPTIONS).next(self.shown, [view])
+        return isinstance(state, hishel.NeedRevalidation) and may_have_grown(stored.entry)
+
+    def _others(self, found: list[Stored], now: float) -> list[hishel.Entry]:
+        """Entries of other identities as the machine may see them: with the tag that they have for us, unvalidated."""
+        exchange, value_of, shown = self.exchange, self.exchange.value_of(self.request), []
+        for stored in found:
+            if stored in self.held or not stored.matches(self.request.method, value_of, any_identity=True):
+                continue
+            etag = exchange.github.validator(self.request.headers, stored.entry, stored.memo)
+            if etag is None:
+                continue
+            self.others[stored.id] = stored, etag
+            shown.append(machine_unproven(stored.entry, stored.id, etag, now))
+        return shown
+
+    def _serve(self, state: hishel.FromCache, source: str) -> Answer:
+        stored = self._stored(state.entry)
+        return self._viewed(self.exchange.from_store(stored, time.time(), source=source, collapsed=self.collapsed))
+
+    def _viewed(self, answer: Answer) -> Answer:
+        """The answer as the caller's own conditions ask for it."""
+        if answer.stored is not None and (self.conditional or self.ranged):
+            answer.view = viewed(answer.stored.entry, self.request.method, self.request.headers)
+        return answer
+
+    def _while_revalidate(self, state: hishel.AnyState) -> Answer | None:
+        """What may be served stale while it is revalidated in the background (RFC 5861 §3)."""
+        if not self.background or not SPECIAL.isdisjoint(self.request.headers):
+            return None
+        if not isinstance(state, hishel.NeedRevalidation) or state.revalidating_entries[0].id in self.others:
+            return None
+        stored, now = self._stored(state.revalidating_entries[0]), time.time()
+        allowed = seconds(stored.control.get("stale-while-revalidate"))
+        if must_not_be_stale(stored.entry) or stored.entry.age(now) - stored.fresh_for >= allowed:
+            return None
+        answer = self.exchange.from_store(stored, now, source="local")
+        answer.cache_status += "; detail=stale-while-revalidate"
+        answer.afterwards = Lookup(self.exchange, self.request, self.wishes).way(object())
+        return answer
+
+    def _stored(self, shown: hishel.Entry) -> Stored:
+        return next(stored for stored in self.held if stored.id == shown.id)
+
+    def _ask_the_fleet(self, lease: Lease) -> Generator[Effect, Any, bool]:
+        """Step 3: true if an entry has come from a peer; the lease holds the fleet's claim if it was granted."""
+        exchange = self.exchange
+        settings = exchange.settings
+        if self.shown.headers:  # it demands validation end to end: no peer can answer that
+            return False
+        if exchange._may_wait_to_join:
+            yield Wait(exchange.network.joined(), settings.join_timeout)
+            exchange._may_wait_to_join = False
+        if not exchange.network.active:
+            return False
+        names = [name for name in self.request.headers if name not in _UNSELECTIVE]
+        if len(names) > MAX_SELECTING:
+            return False
+        question = Question(
+            key=self.key,
+            claim=lease.claim,
+            method=self.request.method,
+            identity=self.identity,
+            selecting=exchange.keyring.selecting(self.request.headers, names),
+            holds=self.held[0].entry.digest if self.held else b"",
+            age=self.held[0].entry.age(time.time()) if self.held else 0.0,
+            any_identity=self.shared,
+        )
+        until = time.monotonic() + self.patience
+        asked = exchange.network.ask(question)
+        answer = yield from lease.wait(asked, settings.lookup_timeout, keep=True)
+        if answer is None:
+            lease.late = True
+            asked.add_done_callback(lease.adopt_late)
+        while isinstance(answer, Awaited):
+            self.collapsed = True
+            answer = yield from lease.wait(answer.answer, max(0.0, until - time.monotonic()))
+        if isinstance(answer, Found):
+            return True
+        self.collapsed = False
+        if isinstance(answer, FleetClaim):
+            lease.fleet = answer
+        elif answer is None:
+            exchange.stats.add("peer_failures")
+        return False
+
+    def _fetch(self, state: hishel.AnyState, lease: Lease) -> Way:
+        """Steps 5 to 7."""
+        exchange = self.exchange
+        why = "stale" if self.held else "miss"
+        if self.shown.headers:
+            why = "request"
+        while True:
+            assert isinstance(state, (hishel.CacheMiss, hishel.NeedRevalidation))
+            added = {}
+            if isinstance(state, hishel.NeedRevalidation):
+                added = {n: state.request.headers[n] for n in state.request.headers if n.startswith("if-")}
+                if self.conditional:
+                    added = combined(self.request.headers, added)
+            sent = time.time()
+            if self._is_refused(sent):
+                stale = self._stale("its rate limit")
+                if stale is not None:
+                    lease.settle(Verdict.FAILED)
+                    return stale
+            exchange.stats.add("origin_calls")
+            try:
+                reply: Reply = yield Send(added)
+            except Exception as exc:
+                stale = self._stale(type(exc).__name__)
+                if stale is None:
+                    raise
+                lease.settle(Verdict.FAILED)
+                return stale
+            exchange.note_quota(self.request, reply)
+            if _failing(reply):
+                stale = self._stale(str(reply.status))
+                if stale is not None:
+                    yield Discard(reply)
+                    lease.settle(Verdict.FAILED)
+                    return stale
+            if reply.status == 304:
+                if self.conditional and not self._proves_ours(state, reply):
+                    lease.settle(Verdict.ABANDONED)  # it is about the caller's copy: those who wait need one
+                    return Answer(None, reply, f"fwd={why}; fwd-status=304", caching("origin"))
+                yield Discard(reply)
+            state = state.next(machine_response(hishel.Response(reply.status, reply.headers)))
+            if isinstance(state, hishel.InvalidateEntries):
+                ours = [id_ for id_ in state.entry_ids if id_ not in self.others]
+                yield Run(partial(exchange.store.remove, self.key, ours))
+                state = state.next()
+            if not isinstance(state, hishel.CacheMiss):
+                break
+            why = "miss"  # a 304 that fits nothing we hold: once more, without conditions
+        if isinstance(state, hishel.NeedToBeUpdated):
+            return (yield from self._freshen(state, reply, sent, lease))
+        if self.request.method == "HEAD" and reply.status == 200:
+            yield Run(partial(self._compare_with_head, reply, sent))
+        if reply.status in (401, 403, 404, 410) and not refuses(reply.status, reply.headers):
+            # This identity may not see it, or it is gone: nothing older is served stale afterwards.
+            yield Run(partial(exchange.store.refuse, self.key, self.identity, since=sent))
+        keep = None
+        if isinstance(state, hishel.StoreAndUse) and not _too_large(reply, exchange.settings.max_body_size):
+            keep = Keep(self, reply, sent, lease)
+        else:
+            lease.settle(Verdict.FAILED if reply.status >= 500 else Verdict.UNSTORABLE)
+        status = (
+            f"fwd={why}" + (f"; fwd-status={reply.status}" if why == "stale" else "") + ("; stored" if keep else "")
+        )
+        return Answer(None, reply, status, caching("origin", stored=keep is not None), keep)
+
+    def _proves_ours(self, state: hishel.AnyState, reply: Reply) -> bool:
+        """Whether a 304 is about what we hold, and not about the copy that the caller holds."""
+        if not isinstance(state, hishel.NeedRevalidation):
+            return False
+        ours, named = state.request.headers.get("if-none-match"), reply.headers.get("etag")
+        return ours is None or named is None or opaque(named) == opaque(ours)
+
+    def _compare_with_head(self, reply: Reply, sent: float) -> None:
+        """A HEAD's 200 freshens the GET's entry that it agrees with, and removes one that it does not (§4.3.5)."""
+        store, now = self.exchange.store, time.time()
+        for stored in self.held:
+            if stored.entry.method != "GET" or stored.entry.status != 200:
+                continue
+            if all(
+                name not in reply.headers or reply.headers[name] == stored.entry.first(name)
+                for name in ("etag", "last-modified", "content-length")
+            ):
+                entry = msgspec.structs.replace(
+                    stored.entry,
+                    headers=freshened(stored.entry.headers, reply.headers),
+                    initial_age=initial_age(storable_fields(reply.headers), sent, now),
+                    received=now,
+                )
+                store.refresh(stored, entry, since=sent)
+            else:
+                store.remove(self.key, [stored.id])
+
+    def _freshen(self, state: hishel.NeedToBeUpdated, reply: Reply, sent: float, lease: Lease) -> Way:
+        """The origin said 304: what we hold is still right (RFC 9111 §4.3.4)."""
+        exchange, now = self.exchange, time.time()
+        shown = state.next().entry
+        other = self.others.get(shown.id)
+        stored = self._stored(shown) if other is None else other[0]
+        fields = stored.entry.headers if other is None else adopted(stored.entry, other[1])
+        headers = freshened(fields, reply.headers)
+        if "date" not in reply.headers:
+            headers["date"] = [formatdate(now, usegmt=True)]  # RFC 9110 §6.6.1: the old one is not the 304's
+        entry = msgspec.structs.replace(
+            stored.entry,
+            identity=self.identity,
+            selecting=self.selecting(vary_names(headers)),
+            headers=headers,
+            initial_age=initial_age(storable_fields(reply.headers), sent, now),
+            received=now,
+        )
+        fresh: Stored | None
+        if other is None:
+            fresh = yield Run(partial(exchange.store.refresh, stored, entry, since=sent))
+        else:
+            fresh = yield Run(partial(exchange.store.save, entry, since=sent))
+        if fresh is None:  # it was written to meanwhile: an answer to this request, and to no other
+            lease.settle(Verdict.ABANDONED)
+            fresh = exchange.store.passing(stored, entry)
+        elif other is not None and lease.fleet is None:
+            lease.settle(Verdict.PUBLISHED)  # it proves something to this identity only
+        elif self.shareable(entry):
+            lease.publish(entry, refreshed=True)
+        else:
+            lease.settle(Verdict.PUBLISHED, fleet=Verdict.UNSTORABLE)
+        exchange.stats.add("revalidated")
+        exchange.stats.add("bytes_from_cache", len(entry.body))
+        status = f"fwd=stale; fwd-status=304; ttl={fresh.fresh_for - int(entry.initial_age)}"
+        proven = caching("origin", from_cache=True, revalidated=True)
+        return self._viewed(Answer(fresh, None, status, proven, age=entry.initial_age))
+
+    def _is_refused(self, now: float) -> bool:
+        github, quotas = self.exchange.github, self.exchange.quotas
+        return github.follows(self.request.url) and quotas.refused(self.identity, self.request.url, now)
+
+    def _stale(self, cause: str) -> Answer | None:
+        """Step 7: a stale entry that may stand in for an origin that fails (RFC 5861 §4), or None."""
+        exchange, now = self.exchange, time.time()
+        if self.shown.headers:
+            return None
+        for stored in sorted(self.held, key=lambda s: s.entry.received, reverse=True):
+            age = stored.entry.age(now)
+            if must_not_be_stale(stored.entry) or age - stored.fresh_for > self._stale_allowance(stored):
+                continue
+            exchange.stats.add("stale_served")
+            parts = urlsplit(self.request.url)
+            logger.warning("%s%s: served stale, %d s old, because of %s", parts.netloc, parts.path, age, cause)
+            status = f"fwd=stale; ttl={stored.fresh_for - int(age)}; detail=stale-if-error"
+            if cause.isdigit():
+                status = status.replace("fwd=stale;", f"fwd=stale; fwd-status={cause};")
+            return self._viewed(Answer(stored, None, status, caching("local", from_cache=True), age=age))
+        return None
+
+    def _stale_allowance(self, stored: Stored) -> float:
+        """How many seconds past its lifetime an entry may be used when the origin fails."""
+        for named in (self.wishes, stored.control):
+            if "stale-if-error" in named:
+                return seconds(named["stale-if-error"])
+        settings = self.exchange.settings
+        if settings.stale_if_error is not None:
+            return settings.stale_if_error
+        return _GITHUB_STALE_SECONDS if self.exchange.github.follows(self.request.url) else 0.0
+
+    def entry(self, reply: Reply, body: bytes, sent: float) -> Entry:
+        """The entry that a complete response becomes."""
+        now = time.time()
+        headers = storable_fields(reply.headers)
+        headers.setdefault("date", [formatdate(now, usegmt=True)])  # RFC 9110 §6.6.1
+        return Entry(
+            method=self.request.method,
+            url=self.request.url,
+            identity=self.identity,
+            selecting=self.selecting(vary_names(headers)),
+            status=reply.status,
+            headers=headers,
+            body=body,
+            digest=body_digest(body),
+            initial_age=initial_age(headers, sent, now),
+            received=now,
+        )
+
+    def selecting(self, names: list[str]) -> dict[str, str]:
+        """This request's fields of these names, as they may be stored."""
+        return self.exchange.keyring.selecting(self.request.headers, names)
+
+    @staticmethod
+    def shareable(entry: Entry) -> bool:
+        """Whether a peer may ever use it: cookies are for one user only, and ``Vary: *`` for one request."""
+        if "set-cookie" in entry.headers or "*" in vary_names(entry.headers):
+            return False
+        # For one user, and we do not see which: a client certificate, or a transport below us, says who asks.
+        return entry.identity != ANONYMOUS or "private" not in directives(entry.headers)
+
+
+def _failing(reply: Reply) -> bool:
+    """Whether the origin is down, or refuses for its limits."""
+    return reply.status in (500, 502, 503, 504) or refuses(reply.status, reply.headers)  # RFC 5861 §4
+
+
+def _too_large(reply: Reply, limit: int) -> bool:
+    length: Sequence[str] = reply.headers.get_list("content-length") or ()
+    return any(line.isdigit() and int(line[:20]) > limit for line in length)

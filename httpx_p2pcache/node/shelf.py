@@ -1,0 +1,116 @@
+"""Entries on their way between the store and the members: chosen, sealed, opened, checked."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.network import Question
+from httpx_p2pcache.node.checks import believed
+from httpx_p2pcache.stored import Stored, same_place
+
+if TYPE_CHECKING:
+    from httpx_p2pcache.node.fleet import Fleet
+
+
+logger = logging.getLogger("httpx_p2pcache")
+
+SAME_AGE = 0.5  # seconds by which the age of one entry may differ between two members
+MAX_KEPT_SEALED = 64 * 1024  # bytes of a sealed entry that is kept beside it, for the next who asks
+
+
+class BodyMissing(Exception):
+    """An entry came without its body, as we should hold it: but we do not."""
+
+
+class Shelf:
+    """The store as the members see it."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    async def select(self, question: Question) -> Stored | None:
+        held = await self.load(question.key)
+        now = time.time()
+        chosen = [
+            stored
+            for stored in held
+            if (question.any_identity or stored.entry.identity == question.identity or "public" in stored.control)
+            and stored.matches(question.method, question.selecting.get, any_identity=question.any_identity)
+            and (stored.entry.status == 200 or stored.entry.identity == question.identity)
+        ]
+        return max(
+            chosen, key=lambda s: (s.fresh(now), s.entry.identity == question.identity, -s.entry.age(now)), default=None
+        )
+
+    async def load(self, key: bytes) -> list[Stored]:
+        held = self._fleet.store.load_soon(key)
+        return held if held is not None else await self._fleet.in_worker(partial(self._fleet.store.load, key))
+
+    def sealed(self, stored: Stored, question: Question) -> bytes:
+        return self.seal(stored, light=stored.entry.digest == question.holds)
+
+    def seal(self, stored: Stored, *, light: bool) -> bytes:
+        """An entry sealed, once however many members ask for it; ``light``: without its body."""
+        known = stored.memo.get(("sealed", light))
+        if isinstance(known, bytes):
+            return known
+        entry = msgspec.structs.replace(stored.entry, body=b"") if light else stored.entry
+        sealed = self._fleet.keyring.seal_entry(entry)
+        if len(sealed) <= MAX_KEPT_SEALED:
+            stored.memo["sealed", light] = sealed
+        return sealed
+
+    async def received(self, key: bytes, sealed: bytes, resident: float, *, missing_ok: bool = True) -> Stored | None:
+        """An entry from a peer, checked and stored; None if it is not believed, not whole, or no longer valid.
+
+        Raises ``BodyMissing`` for one that is not whole unless ``missing_ok``.
+        """
+        fleet = self._fleet
+        try:
+            entry = fleet.keyring.open_entry(sealed, key)
+            held = await self.load(key)
+            if not entry.body and entry.digest != EMPTY:
+                body = next((s.entry.body for s in held if s.entry.digest == entry.digest), None)
+                if body is None and not missing_ok:
+                    raise BodyMissing
+                if body is None:
+                    return None
+                entry = msgspec.structs.replace(entry, body=body)
+            now = time.time()
+            entry = believed(entry, resident, now, fleet.settings.max_body_size)
+        except Rejected as exc:
+            logger.debug("an entry from a peer was not believed: %s", exc)
+            fleet.stats.add("rejected")
+            return None
+        for stored in held:
+            # It has come by another way already, or a newer one has.
+            newer = stored.entry.age(now) - entry.age(now)
+            known = stored.entry.digest == entry.digest and newer <= 1.0
+            if same_place(stored.entry, entry) and (known or newer < 0):
+                return stored
+        fleet.stats.add("received")
+        # Its age is counted from when the origin was asked: what was written since then makes it void.
+        return await fleet.in_worker(partial(fleet.store.save, entry, since=now - entry.initial_age))
+
+
+EMPTY = hashlib.sha256(b"").digest()[:16]
+
+
+def helps(stored: Stored | None, question: Question) -> bool:
+    """Whether an entry is fresh, and another than the one which the asker has found to be stale."""
+    now = time.time()
+    if stored is None or not stored.fresh(now):
+        return False
+    return stored.entry.digest != question.holds or stored.entry.age(now) < question.age - SAME_AGE
+
+
+def resident(received: float) -> float:
+    """For how many seconds we have held what was ``received`` then."""
+    return max(0.0, time.time() - received)

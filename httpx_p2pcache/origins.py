@@ -1,0 +1,74 @@
+"""The transports that reach the origin where the caller has given none."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import threading
+from concurrent.futures import Future
+
+import httpx
+
+# Not public, and pinned by the dependency on httpx < 0.29: nothing else knows what NO_PROXY means to httpx.
+from httpx._utils import URLPattern, get_environment_proxies
+
+
+class Origins:
+    """httpx's own transports, made when first needed: direct, and one per proxy of the environment.
+
+    An httpx client that is given a transport does not look at ``HTTP_PROXY`` and its kin; so we do. Loading the SSL
+    context takes 130 ms in which no other thread of the process runs, the node's included: so it begins at once.
+    """
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin_anew_after_fork(self) -> None:
+        # The thread that loads does not come along, a lock may be held by one that did not, connections are not ours.
+        if self._pid != os.getpid():
+            self._begin()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._sync: dict[str | None, httpx.HTTPTransport] = {}
+        self._async: dict[str | None, httpx.AsyncHTTPTransport] = {}
+        self._context: Future[ssl.SSLContext] = Future()
+        threading.Thread(target=self._load, name="p2pcache-ssl", daemon=True).start()
+
+    def _load(self) -> None:
+        try:
+            self._context.set_result(httpx.create_ssl_context())
+        except Exception as exc:  # a bad SSL_CERT_FILE: raised at the first request, as httpx would
+            self._context.set_exception(exc)
+
+    def sync_for(self, url: httpx.URL) -> httpx.HTTPTransport:
+        proxy = _proxy_for(url)
+        self._begin_anew_after_fork()
+        with self._lock:
+            if proxy not in self._sync:
+                self._sync[proxy] = httpx.HTTPTransport(verify=self._context.result(), proxy=proxy)
+            return self._sync[proxy]
+
+    def async_for(self, url: httpx.URL) -> httpx.AsyncHTTPTransport:
+        proxy = _proxy_for(url)
+        self._begin_anew_after_fork()
+        with self._lock:
+            if proxy not in self._async:
+                self._async[proxy] = httpx.AsyncHTTPTransport(verify=self._context.result(), proxy=proxy)
+            return self._async[proxy]
+
+    def close(self) -> None:
+        for transport in self._sync.values():
+            transport.close()
+
+    async def aclose(self) -> None:
+        for transport in self._async.values():
+            await transport.aclose()
+
+
+def _proxy_for(url: httpx.URL) -> str | None:
+    """The proxy that httpx would take from the environment; None: none."""
+    proxies = get_environment_proxies()
+    patterns = sorted((URLPattern(key), proxy) for key, proxy in proxies.items())
+    return next((proxy for pattern, proxy in patterns if pattern.matches(url)), None)

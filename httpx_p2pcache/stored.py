@@ -1,0 +1,77 @@
+"""An entry at rest, with its decisions prepared."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable
+
+from httpx_p2pcache.entries import Entry, is_credential
+from httpx_p2pcache.freshness import directives, lifetime, vary_names
+
+
+class Stored:
+    """An entry at rest, with what a hit needs prepared: nothing is parsed again while it stays in memory."""
+
+    __slots__ = ("codings", "control", "entry", "fresh_for", "id", "memo", "raw_headers", "reusable", "vary")
+
+    def __init__(self, id_: uuid.UUID, entry: Entry, default_ttl: float, any_coding: bool) -> None:
+        self.id = id_
+        self.entry = entry
+        self.memo: dict[object, object] = {}  # what was computed of it once and is needed again
+        self.control = directives(entry.headers)
+        fresh_for = lifetime(entry, default_ttl)
+        # Whole seconds, as hishel's machine counts them.
+        self.fresh_for = math.floor(fresh_for) if fresh_for is not None else 0
+        names = vary_names(entry.headers)
+        self.vary = [
+            (name, entry.selecting.get(name)) for name in names if not (any_coding and name == "accept-encoding")
+        ]
+        self.codings = (entry.first("content-encoding") or "").lower() if any_coding else ""
+        self.reusable = self.control.get("no-cache", "") is not None and "*" not in names
+        self.raw_headers = [
+            (name.encode("latin-1"), line.encode("latin-1"))
+            for name, lines in entry.headers.items()
+            if name != "age"
+            for line in lines
+        ]
+
+    def matches(self, method: str, value_of: Callable[[str], str | None], *, any_identity: bool = False) -> bool:
+        """Whether a request selects this representation (RFC 9111 §4 and §4.1); ``*`` never matches.
+
+        ``value_of`` gives the request's fields as :meth:`Keyring.selecting_value` does. With ``any_identity`` the
+        fields that say who asks may differ.
+        """
+        if method != self.entry.method and (method, self.entry.method) != ("HEAD", "GET"):
+            return False
+        if self.codings and not _accepts(value_of("accept-encoding"), self.codings):
+            return False
+        return all(
+            name != "*" and (value_of(name) == value or (any_identity and is_credential(name)))
+            for name, value in self.vary
+        )
+
+    def fresh(self, now: float) -> bool:
+        """Whether it may be used without validation by a request that asks nothing special of a cache."""
+        return self.reusable and math.floor(self.entry.age(now)) < self.fresh_for
+
+
+def same_place(old: Entry, new: Entry) -> bool:
+    """Whether ``new`` answers what ``old`` answered: it replaces it."""
+    return (old.method, old.identity, old.first("content-encoding")) == (
+        new.method,
+        new.identity,
+        new.first("content-encoding"),
+    ) and all(
+        old.selecting.get(name) == new.selecting.get(name)
+        for name in {*vary_names(old.headers), *vary_names(new.headers)}
+    )
+
+
+def _accepts(accept_encoding: str | None, codings: str) -> bool:
+    """Whether a client that says ``accept_encoding`` takes these content codings (RFC 9110 §12.5.3)."""
+    offered: dict[str, bool] = {}
+    for member in (accept_encoding or "").lower().split(","):
+        name, _, weight = member.partition(";")
+        offered[name.strip()] = weight.replace(" ", "") not in ("q=0", "q=0.0", "q=0.00", "q=0.000")
+    return all(offered.get(coding.strip(), offered.get("*", False)) for coding in codings.split(","))
