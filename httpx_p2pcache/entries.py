@@ -32,7 +32,12 @@ EVERYONE = "f1ee7" + 27 * "0"  # the one identity of a fleet that is one user by
 
 _NAMES_OF_SECRETS = r"auth(?!ors?\b)|token|secret|passw|signature|api_?key|credential|session|jwt|assertion|bearer"
 _CREDENTIAL_NAME = re.compile(rf"{_NAMES_OF_SECRETS}|cookie|key|otp|dpop", re.IGNORECASE)
-_CREDENTIAL_PARAMETERS = re.compile(rf"[?&](?:[^=&]*(?:{_NAMES_OF_SECRETS})[^=&]*|key|sig|code)=", re.IGNORECASE)
+# A parameter whose name ends in such a word, unless its value says yes or no, as GitHub's hide_secret=true.
+_CREDENTIAL_PARAMETERS = re.compile(
+    r"[?&](?:[^=&]*(?:token|secret|passw(?:or)?d|signature|api_?key|auth|credentials?|session_?id|session|jwt|assertion"
+    r"|bearer)|key|sig|code)=(?!(?:true|false|[01]?)(?:&|$))",
+    re.IGNORECASE,
+)
 # Values of these fields may be stored and sent in clear; any other that Vary nominates becomes a keyed digest.
 _CLEAR_FIELDS = frozenset(
     {

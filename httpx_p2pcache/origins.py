@@ -38,6 +38,8 @@ class Origins:
 
     def _load(self) -> None:
         try:
+            import httpcore  # noqa: F401 - httpx imports it with its first transport, in the middle of a first request
+
             self._context.set_result(httpx.create_ssl_context())
         except Exception as exc:  # a bad SSL_CERT_FILE: raised at the first request, as httpx would
             self._context.set_exception(exc)

@@ -214,6 +214,7 @@ def test_which_fields_say_who_asks(field: str, credential: bool) -> None:
 @pytest.mark.parametrize(
     ("query", "secret"),
     [
+        ("?secret_type=adafruit_io_key&hide_secret=true", False),
         ("?access_token=x", True),
         ("?page=1&API_KEY=x", True),
         ("?apikey=x", True),
