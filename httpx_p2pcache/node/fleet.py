@@ -43,6 +43,7 @@ BACK_OFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 SILENCE_SECONDS = 5.0  # after which a member is asked whether it is still there
 URGENT_SECONDS = 1.0  # the same while somebody waits for it
 PING_SECONDS = 2.0
+NEWCOMER_SECONDS = 0.5  # within which somebody who has connected is expected to know the others
 FORGET_SECONDS = 60.0  # after which a peer that cannot be reached, and is not seen any more, is forgotten
 DIALS_AT_ONCE = 32
 MAX_CANDIDATES = 2000
@@ -86,6 +87,7 @@ class Fleet:
         self._candidates: dict[ID, _Candidate] = {}
         self._changed = trio.Event()
         self._called_ready: set[ID] = set()
+        self._somebody_ready = trio.Event()
         self._worker = Worker("p2pcache-disk")
         self._discoveries: list[Discovery] = [
             StaticPeers(self.settings.bootstrap_peers),
@@ -280,7 +282,7 @@ class Fleet:
                 holds = await self.in_worker(partial(self.store.keys, MAX_HOLDS))
                 # One step: what is under way is noted at the very moment in which the member becomes a home.
                 if link.peer_id in self.members:
-                    self.members[link.peer_id].ready = True
+                    self._is_ready(self.members[link.peer_id])
                 await link.send(Inventory(message.call, holds, self.home.fetching()))
             else:
                 await self.home.handle(link, message)
@@ -307,7 +309,9 @@ class Fleet:
             member = self.members[link.peer_id] = Member(link.peer_id, how, reachable)
         if link not in member.links:
             member.links.append(link)
-        member.takes, member.ready = said.takes, member.ready or said.ready
+        member.takes = said.takes
+        if said.ready:
+            self._is_ready(member)
         link.introduced.set()
         self.sighted(Sighting(peer_id=link.peer_id.to_bytes(), addresses=tuple(reachable), how=how))
         for peer_id, theirs in said.members:
@@ -337,9 +341,19 @@ class Fleet:
             self.home.told(member.peer_id, answer)
 
     async def settled(self, timeout: float) -> None:
-        """Wait until we have been told what the others hold and fetch: before that a home cannot decide well."""
+        """Wait, for a moment, until we and those who have just come know each other: before that homes are guessed."""
         with trio.move_on_after(timeout):
             await self.joined.wait()
+            while any(
+                not member.ready and trio.current_time() - member.met < NEWCOMER_SECONDS
+                for member in self.members.values()
+            ):
+                await self._somebody_ready.wait()
+
+    def _is_ready(self, member: Member) -> None:
+        member.ready = True
+        self._somebody_ready.set()
+        self._somebody_ready = trio.Event()
 
     def _part_from(self, link: Link) -> None:
         member = self.members.get(link.peer_id)

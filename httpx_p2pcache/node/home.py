@@ -105,6 +105,7 @@ class Home:
     async def ask(self, question: Question, future: Future[Answer]) -> None:
         """Answer ``future``, and the futures that it may lead to, as :class:`network.PeerNetwork` promises."""
         try:
+            await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
             for _ in range(MAX_HOMES):
                 home = self._home_of(question.key)
                 asked = self._ask_here(question, future) if home is None else self._ask_there(home, question, future)
@@ -165,7 +166,6 @@ class Home:
 
     async def _ask_here(self, question: Question, future: Future[Answer]) -> None:
         """The same question where we are the home ourselves."""
-        await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
         stored = await self._find(question)
         if helps(stored, question):
             self._resolve(future, network.Found(), question)

@@ -193,6 +193,7 @@ class Member:
     addresses: list[str]
     links: list[Link] = field(default_factory=list)
     since: float = field(default_factory=time.time)
+    met: float = field(default_factory=trio.current_time)
     rtt: float | None = None
     ready: bool = False  # it knows the others, and is home to its keys
     takes: int = 0  # bytes of the largest body that it stores
