@@ -31,7 +31,7 @@ class Send(NamedTuple):
 
 
 class Discard(NamedTuple):
-    reply: Reply
+    """Of the reply that was sent last."""
 
 
 Effect = Run | Wait | Send | Discard

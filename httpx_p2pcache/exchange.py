@@ -70,7 +70,7 @@ class Exchange:
         self.github = github
         self.quotas = quotas
         self.flights = Flights(settings.claim_timeout, time.monotonic)
-        self._may_wait_to_join = settings.join_timeout > 0
+        self.may_wait_to_join = settings.join_timeout > 0
 
     def describe(self) -> dict[str, object]:
         """Counters, the figures made of them, the node's state and the store's size, as plain values."""

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from httpx_p2pcache.answers import Effect, Wait
 from httpx_p2pcache.claims import Granted, Verdict
-from httpx_p2pcache.entries import (
-    Entry,
-)
+from httpx_p2pcache.entries import Entry
 from httpx_p2pcache.network import Awaited, FleetClaim
 
 if TYPE_CHECKING:

@@ -19,13 +19,7 @@ from hishel import CacheOptions
 from httpx_p2pcache.answers import Answer, Discard, Effect, Reply, Run, Send, Wait, Way, caching
 from httpx_p2pcache.claims import Granted, Look, Verdict
 from httpx_p2pcache.conditions import combined, opaque, viewed
-from httpx_p2pcache.entries import (
-    ANONYMOUS,
-    Entry,
-    body_digest,
-    cache_key,
-    claim_key,
-)
+from httpx_p2pcache.entries import ANONYMOUS, Entry, body_digest, cache_key, claim_key
 from httpx_p2pcache.freshness import (
     directives,
     freshened,
@@ -213,9 +207,9 @@ class Lookup:
         settings = exchange.settings
         if self.shown.headers:  # it demands validation end to end: no peer can answer that
             return False
-        if exchange._may_wait_to_join:
+        if exchange.may_wait_to_join:
             yield Wait(exchange.network.joined(), settings.join_timeout)
-            exchange._may_wait_to_join = False
+            exchange.may_wait_to_join = False
         if not exchange.network.active:
             return False
         names = [name for name in self.request.headers if name not in _UNSELECTIVE]
@@ -281,14 +275,14 @@ class Lookup:
             if _failing(reply):
                 stale = self._stale(str(reply.status))
                 if stale is not None:
-                    yield Discard(reply)
+                    yield Discard()
                     lease.settle(Verdict.FAILED)
                     return stale
             if reply.status == 304:
                 if self.conditional and not self._proves_ours(state, reply):
                     lease.settle(Verdict.ABANDONED)  # it is about the caller's copy: those who wait need one
                     return Answer(None, reply, f"fwd={why}; fwd-status=304", caching("origin"))
-                yield Discard(reply)
+                yield Discard()
             state = state.next(machine_response(hishel.Response(reply.status, reply.headers)))
             if isinstance(state, hishel.InvalidateEntries):
                 ours = [id_ for id_ in state.entry_ids if id_ not in self.others]
@@ -323,7 +317,7 @@ class Lookup:
 
     def _compare_with_head(self, reply: Reply, sent: float) -> None:
         """A HEAD's 200 freshens the GET's entry that it agrees with, and removes one that it does not (§4.3.5)."""
-        store, now = self.exchange.store, time.time()
+        store = self.exchange.store
         for stored in self.held:
             if stored.entry.method != "GET" or stored.entry.status != 200:
                 continue
@@ -331,33 +325,20 @@ class Lookup:
                 name not in reply.headers or reply.headers[name] == stored.entry.first(name)
                 for name in ("etag", "last-modified", "content-length")
             ):
-                entry = msgspec.structs.replace(
-                    stored.entry,
-                    headers=freshened(stored.entry.headers, reply.headers),
-                    initial_age=initial_age(storable_fields(reply.headers), sent, now),
-                    received=now,
-                )
-                store.refresh(stored, entry, since=sent)
+                store.refresh(stored, self._renewed(stored.entry, stored.entry.headers, reply, sent), since=sent)
             else:
                 store.remove(self.key, [stored.id])
 
     def _freshen(self, state: hishel.NeedToBeUpdated, reply: Reply, sent: float, lease: Lease) -> Way:
         """The origin said 304: what we hold is still right (RFC 9111 §4.3.4)."""
-        exchange, now = self.exchange, time.time()
+        exchange = self.exchange
         shown = state.next().entry
         other = self.others.get(shown.id)
         stored = self._stored(shown) if other is None else other[0]
         fields = stored.entry.headers if other is None else adopted(stored.entry, other[1])
-        headers = freshened(fields, reply.headers)
-        if "date" not in reply.headers:
-            headers["date"] = [formatdate(now, usegmt=True)]  # RFC 9110 §6.6.1: the old one is not the 304's
+        entry = self._renewed(stored.entry, fields, reply, sent)
         entry = msgspec.structs.replace(
-            stored.entry,
-            identity=self.identity,
-            selecting=self.selecting(vary_names(headers)),
-            headers=headers,
-            initial_age=initial_age(storable_fields(reply.headers), sent, now),
-            received=now,
+            entry, identity=self.identity, selecting=self.selecting(vary_names(entry.headers))
         )
         fresh: Stored | None
         if other is None:
@@ -378,6 +359,16 @@ class Lookup:
         status = f"fwd=stale; fwd-status=304; ttl={fresh.fresh_for - int(entry.initial_age)}"
         proven = caching("origin", from_cache=True, revalidated=True)
         return self._viewed(Answer(fresh, None, status, proven, age=entry.initial_age))
+
+    @staticmethod
+    def _renewed(entry: Entry, fields: dict[str, list[str]], reply: Reply, sent: float) -> Entry:
+        """``entry`` with ``fields``, and the times, as a reply that proves it right has renewed them (§3.2)."""
+        now = time.time()
+        headers = freshened(fields, reply.headers)
+        if "date" not in reply.headers:
+            headers["date"] = [formatdate(now, usegmt=True)]  # RFC 9110 §6.6.1: the old one is not the reply's
+        age = initial_age(storable_fields(reply.headers), sent, now)
+        return msgspec.structs.replace(entry, headers=headers, initial_age=age, received=now)
 
     def _is_refused(self, now: float) -> bool:
         github, quotas = self.exchange.github, self.exchange.quotas

@@ -78,7 +78,6 @@ class Asker(NamedTuple):
 
     peer_id: ID
     call: int
-    question: Question
     tell: Callable[[Tidings], None]
 
     def __hash__(self) -> int:
@@ -181,7 +180,7 @@ class Home:
                 self._resolve(later, network.Found() if isinstance(tidings, Look) else Unclaimed(), question)
             done.set()
 
-        asker = Asker(self._fleet.host.id, self._own_calls, question, tell)
+        asker = Asker(self._fleet.host.id, self._own_calls, tell)
         answer = self._claims.ask(question.claim, asker, trio.current_time())
         if isinstance(answer, ClaimGranted):
             self._granted(future, question, answer.id, self._fleet.host.id)
@@ -192,7 +191,6 @@ class Home:
             self._resolve(later, Unclaimed(), question)
         else:
             self._resolve(future, Unclaimed(), question)
-        return
 
     def _granted(self, future: Future[Answer], question: Question, id_: int, granter: ID) -> None:
         ends = trio.current_time() + self._fleet.settings.claim_timeout
@@ -356,7 +354,7 @@ class Home:
         def tell(tidings: Tidings) -> None:
             self._fleet.spawn(self._deliver, link, call, question, tidings)
 
-        asker = Asker(link.peer_id, call, question, tell)
+        asker = Asker(link.peer_id, call, tell)
         answer = self._claims.ask(question.claim, asker, trio.current_time())
         if isinstance(answer, Pending):
             if not told_to_wait:
@@ -457,9 +455,8 @@ class Home:
         while len(self._hints) > MAX_HINTS:
             self._hints.popitem(last=False)
         for claim, id_, left in said.fetching:
-            question = Question(key=bytes(32), claim=claim, method="", identity="", selecting={})
             life = min(left, self._fleet.settings.claim_timeout)
-            self._claims.adopt(claim, Asker(peer_id, 0, question, _nobody), now + life, id_)
+            self._claims.adopt(claim, Asker(peer_id, 0, _nobody), now + life, id_)
 
 
 def _nobody(tidings: Tidings) -> None:

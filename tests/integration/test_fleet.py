@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from waiting import eventually
 
 from httpx_p2pcache import P2PCacheTransport, Settings
 from httpx_p2pcache.testing import Origin, Resource, made_up
@@ -58,16 +59,6 @@ TOKEN = "ghp_0123456789abcdefghijklmnopqrstuvwxyz"
 PATIENT = 5.0  # lookup_timeout where not the budget but the outcome is looked at, on a loaded machine
 PROMPT = 2.0  # lookup_timeout of 0.25 s, the origin's latency, and a generous margin
 TARGETS = [f"/repos/octo-org/repo-{number}" for number in range(10)]
-
-
-def eventually(predicate: Callable[[], object], seconds: float = 10.0) -> bool:
-    """Whether ``predicate`` becomes true within ``seconds``."""
-    ends = time.monotonic() + seconds
-    while not predicate():
-        if time.monotonic() > ends:
-            return False
-        threading.Event().wait(0.01)
-    return True
 
 
 @dataclass

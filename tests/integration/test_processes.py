@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from waiting import eventually
 
 from httpx_p2pcache.cli import demo
 from httpx_p2pcache.cli.runner_process import Seen
@@ -128,16 +129,6 @@ def start(environment: Environment, tmp_path: Path, origin: Origin) -> Iterator[
     finally:
         for runner in runners:
             runner.end()
-
-
-def eventually(predicate: Callable[[], object], seconds: float = 10.0) -> bool:
-    """Whether ``predicate`` becomes true within ``seconds``."""
-    ends = time.monotonic() + seconds
-    while not predicate():
-        if time.monotonic() > ends:
-            return False
-        threading.Event().wait(0.01)
-    return True
 
 
 def met(*runners: Runner) -> None:
