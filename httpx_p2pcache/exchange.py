@@ -26,20 +26,22 @@ The steps are those of the README's "Loading process":
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
 from functools import partial
+from typing import Any
 
 import hishel
 
-from httpx_p2pcache.answers import Answer, Reply, Run, Send, Wait, Way, caching
+from httpx_p2pcache.answers import Answer, Effect, Reply, Run, Send, Wait, Way, caching
 from httpx_p2pcache.claims import Flights
 from httpx_p2pcache.entries import ANONYMOUS, Keyring, cache_key, carries_credentials, resolved_url, same_origin
 from httpx_p2pcache.freshness import directives
-from httpx_p2pcache.github import GitHub
+from httpx_p2pcache.github import GitHub, endpoint
 from httpx_p2pcache.keep import Keep
 from httpx_p2pcache.lease import Lease
+from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.lookup import CACHEABLE, FOR_THE_ORIGIN, SPECIAL, Lookup
-from httpx_p2pcache.network import NoPeers, PeerNetwork
+from httpx_p2pcache.network import PeerNetwork
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats, summary
@@ -61,6 +63,7 @@ class Exchange:
         network: PeerNetwork,
         github: GitHub,
         quotas: QuotaBoard,
+        ledger: Ledger,
     ) -> None:
         self.settings = settings
         self.store = store
@@ -69,6 +72,7 @@ class Exchange:
         self.network = network
         self.github = github
         self.quotas = quotas
+        self.ledger = ledger
         self.flights = Flights(settings.claim_timeout, time.monotonic)
         self.may_wait_to_join = settings.join_timeout > 0
 
@@ -85,13 +89,15 @@ class Exchange:
         }
 
     def after_fork(self) -> None:
-        """In a forked child: go on without the parent's node, and without locks that its threads may have held."""
-        self.network.after_fork()
+        """In a forked child: let go of the parent's node, and of locks that its threads may have held."""
+        network = self.network.after_fork()
         self.github.after_fork()
         self.quotas.after_fork()
-        self.network = NoPeers()
+        self.network = network
         self.flights = Flights(self.settings.claim_timeout, time.monotonic)
         self.stats = Stats()
+        self.ledger = Ledger(self.settings.dir)
+        self.ledger.follow(self.stats)
 
     def hit(self, request: hishel.Request) -> Answer | None:
         """The answer to a plain request that memory holds fresh: the hot path. Decides as the machine would."""
@@ -100,7 +106,7 @@ class Exchange:
         found = self.store.peek(cache_key(request.url))
         answer = self.fresh(request, self.keyring.identity(request), found) if found else None
         if answer is not None:
-            self.stats.add("requests")
+            self.stats.add("requests", endpoint=endpoint(request.method, request.url))
         return answer
 
     def fresh(self, request: hishel.Request, identity: str, found: list[Stored]) -> Answer | None:
@@ -124,7 +130,7 @@ class Exchange:
         ``patience`` is for how many seconds it waits for others at the most; None: for as long as a claim lives.
         ``background``: the answer may have an ``afterwards``.
         """
-        self.stats.add("requests")
+        self.stats.add("requests", endpoint=endpoint(request.method, request.url))
         wishes = directives(request.headers)
         if request.method not in CACHEABLE:
             return (yield from self._write_through(request))
@@ -160,10 +166,17 @@ class Exchange:
         return answer
 
     def pass_by(self, request: hishel.Request, why: str) -> Way:
-        self.stats.add("origin_calls")
-        reply: Reply = yield Send({})
-        self.note_quota(request, reply)
+        reply = yield from self.send(request, {})
         return Answer(None, reply, f"fwd={why}", caching("origin"))
+
+    def send(self, request: hishel.Request, added: dict[str, str]) -> Generator[Effect, Any, Reply]:
+        """The origin's reply to the request with these fields added; counted, and its limits noted."""
+        asked, began = endpoint(request.method, request.url), time.perf_counter()
+        self.stats.add("origin_calls", endpoint=asked)
+        reply: Reply = yield Send(added)
+        self.stats.add("origin_ms", int((time.perf_counter() - began) * 1000), endpoint=asked)
+        self.note_quota(request, reply)
+        return reply
 
     def note_quota(self, request: hishel.Request, reply: Reply) -> None:
         """What the origin says of its limits goes on the board, and to the fleet."""
@@ -179,10 +192,11 @@ class Exchange:
         status += f"; ttl={stored.fresh_for - int(age)}"
         if source == "peer":
             status += "; detail=peer"
+        asked = endpoint(stored.entry.method, stored.entry.url)
         if collapsed:
-            self.stats.add("coalesced")
-        self.stats.add("peer_hits" if source == "peer" else "local_hits")
-        self.stats.add("bytes_from_cache", len(stored.entry.body))
+            self.stats.add("coalesced", endpoint=asked)
+        self.stats.add("peer_hits" if source == "peer" else "local_hits", endpoint=asked)
+        self.stats.add("bytes_from_cache", len(stored.entry.body), endpoint=asked)
         return Answer(stored, None, status, caching(source, from_cache=True), age=age)
 
     def value_of(self, request: hishel.Request) -> Callable[[str], str | None]:

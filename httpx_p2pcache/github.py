@@ -21,6 +21,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
@@ -61,13 +62,17 @@ _VARIABLE = re.compile(r"\d+|[0-9a-f]{7,40}")
 _NUMBERED = {"repositories": ("repos", 1), "organizations": ("orgs", 1), "user": ("users", 1)}
 _NAMED = {"repos": 2, "orgs": 1, "users": 1}
 DEFAULT_PER_PAGE = 30
+# What comes after these in a path is the name of something of the user's.
+_NAMES_FOLLOW = frozenset(
+    {"branches", "commits", "compare", "contents", "environments", "git", "labels", "tags", "teams"}
+)
 
 
 class GitHub:
     """GitHub's rules for the hosts that follow them, and what has been learned of those rules. Thread-safe."""
 
     def __init__(self, settings: Settings, stats: Stats) -> None:
-        self._hosts = frozenset(settings.github_hosts)
+        self._hosts = frozenset(settings.origins())
         self._computed = settings.computed_validators and not settings.shared_identity
         self._stats = stats
         self._held: Counter[tuple[str, str]] = Counter()
@@ -197,3 +202,17 @@ def family(url: str) -> str:
         name, skip = "", 0
     rest = parts[1 + skip :] if name else parts
     return "/".join([name, *("*" if _VARIABLE.fullmatch(part) else part for part in rest)])
+
+
+@lru_cache(maxsize=4096)
+def endpoint(method: str, url: str) -> str:
+    """The kind of resource that a request is about, for counts: ``GET api.github.com/repos/pulls/*``.
+
+    Never a query, and no more than three parts of the path: names of owners, repositories, files are left out.
+    """
+    parts = family(url).split("/")
+    for number, part in enumerate(parts):
+        if part in _NAMES_FOLLOW:
+            parts = [*parts[: number + 1], "*"][:3] if number + 1 < len(parts) else parts
+            break
+    return f"{method} {urlsplit(url).netloc.rpartition('@')[2]}/{'/'.join(parts[:3])}"

@@ -16,7 +16,7 @@ import hishel
 import msgspec
 from hishel import CacheOptions
 
-from httpx_p2pcache.answers import Answer, Discard, Effect, Reply, Run, Send, Wait, Way, caching
+from httpx_p2pcache.answers import Answer, Discard, Effect, Reply, Run, Wait, Way, caching
 from httpx_p2pcache.claims import Granted, Look, Verdict
 from httpx_p2pcache.conditions import combined, opaque, viewed
 from httpx_p2pcache.entries import ANONYMOUS, Entry, body_digest, cache_key, claim_key
@@ -33,7 +33,7 @@ from httpx_p2pcache.freshness import (
     storable_fields,
     vary_names,
 )
-from httpx_p2pcache.github import adopted, may_have_grown
+from httpx_p2pcache.github import adopted, endpoint, may_have_grown
 from httpx_p2pcache.keep import Keep
 from httpx_p2pcache.lease import Lease
 from httpx_p2pcache.network import Awaited, FleetClaim, Found, Question
@@ -240,6 +240,7 @@ class Lookup:
         if isinstance(answer, FleetClaim):
             lease.fleet = answer
         elif answer is None:
+            exchange.stats.add("peer_timeouts")
             exchange.stats.add("peer_failures")
         return False
 
@@ -262,16 +263,14 @@ class Lookup:
                 if stale is not None:
                     lease.settle(Verdict.FAILED)
                     return stale
-            exchange.stats.add("origin_calls")
             try:
-                reply: Reply = yield Send(added)
+                reply = yield from exchange.send(self.request, added)
             except Exception as exc:
                 stale = self._stale(type(exc).__name__)
                 if stale is None:
                     raise
                 lease.settle(Verdict.FAILED)
                 return stale
-            exchange.note_quota(self.request, reply)
             if _failing(reply):
                 stale = self._stale(str(reply.status))
                 if stale is not None:
@@ -354,8 +353,9 @@ class Lookup:
             lease.publish(entry, refreshed=True)
         else:
             lease.settle(Verdict.PUBLISHED, fleet=Verdict.UNSTORABLE)
-        exchange.stats.add("revalidated")
-        exchange.stats.add("bytes_from_cache", len(entry.body))
+        asked = endpoint(self.request.method, self.request.url)
+        exchange.stats.add("revalidated", endpoint=asked)
+        exchange.stats.add("bytes_from_cache", len(entry.body), endpoint=asked)
         status = f"fwd=stale; fwd-status=304; ttl={fresh.fresh_for - int(entry.initial_age)}"
         proven = caching("origin", from_cache=True, revalidated=True)
         return self._viewed(Answer(fresh, None, status, proven, age=entry.initial_age))
@@ -383,7 +383,7 @@ class Lookup:
             age = stored.entry.age(now)
             if must_not_be_stale(stored.entry) or age - stored.fresh_for > self._stale_allowance(stored):
                 continue
-            exchange.stats.add("stale_served")
+            exchange.stats.add("stale_served", endpoint=endpoint(self.request.method, self.request.url))
             parts = urlsplit(self.request.url)
             logger.warning("%s%s: served stale, %d s old, because of %s", parts.netloc, parts.path, age, cause)
             status = f"fwd=stale; ttl={stored.fresh_for - int(age)}; detail=stale-if-error"

@@ -115,8 +115,8 @@ class PeerNetwork(Protocol):
         """Leave the fleet. Idempotent, from any thread; ``at_exit``: the interpreter ends after it."""
         ...
 
-    def after_fork(self) -> None:
-        """In a forked child: let go of what was inherited (sockets), and start nothing."""
+    def after_fork(self) -> PeerNetwork:
+        """In a forked child: let go of what was inherited (sockets); returns the network the child goes on with."""
         ...
 
 
@@ -159,4 +159,5 @@ class NoPeers:
 
     def close(self, *, at_exit: bool = False) -> None: ...
 
-    def after_fork(self) -> None: ...
+    def after_fork(self) -> PeerNetwork:
+        return self

@@ -17,24 +17,32 @@ class Origins:
     """httpx's own transports, made when first needed: direct, and one per proxy of the environment.
 
     An httpx client that is given a transport does not look at ``HTTP_PROXY`` and its kin; so we do. Loading the SSL
-    context takes 130 ms in which no other thread of the process runs, the node's included: so it begins at once.
+    context takes 130 ms in which no other thread of the process runs, the node's included: with ``at_once`` it begins
+    now, else with the first request that needs it, which where peers are there already may never come.
     """
 
-    def __init__(self) -> None:
-        self._begin()
+    def __init__(self, *, at_once: bool) -> None:
+        self._begin(at_once=at_once)
 
     def _begin_anew_after_fork(self) -> None:
         # The thread that loads does not come along, a lock may be held by one that did not, connections are not ours.
         if self._pid != os.getpid():
             self._begin()
 
-    def _begin(self) -> None:
+    def _begin(self, *, at_once: bool = True) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._sync: dict[str | None, httpx.HTTPTransport] = {}
         self._async: dict[str | None, httpx.AsyncHTTPTransport] = {}
         self._context: Future[ssl.SSLContext] = Future()
-        threading.Thread(target=self._load, name="p2pcache-ssl", daemon=True).start()
+        self._loader = threading.Thread(target=self._load, name="p2pcache-ssl", daemon=True)
+        if at_once:
+            self._loader.start()
+
+    def _loaded(self) -> ssl.SSLContext:
+        if self._loader.ident is None:
+            self._loader.start()
+        return self._context.result()
 
     def _load(self) -> None:
         try:
@@ -49,7 +57,7 @@ class Origins:
         self._begin_anew_after_fork()
         with self._lock:
             if proxy not in self._sync:
-                self._sync[proxy] = httpx.HTTPTransport(verify=self._context.result(), proxy=proxy)
+                self._sync[proxy] = httpx.HTTPTransport(verify=self._loaded(), proxy=proxy)
             return self._sync[proxy]
 
     def async_for(self, url: httpx.URL) -> httpx.AsyncHTTPTransport:
@@ -57,7 +65,7 @@ class Origins:
         self._begin_anew_after_fork()
         with self._lock:
             if proxy not in self._async:
-                self._async[proxy] = httpx.AsyncHTTPTransport(verify=self._context.result(), proxy=proxy)
+                self._async[proxy] = httpx.AsyncHTTPTransport(verify=self._loaded(), proxy=proxy)
             return self._async[proxy]
 
     def close(self) -> None:

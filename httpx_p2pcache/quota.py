@@ -8,6 +8,7 @@ is invented from it: while an identity is refused, what may be served stale is, 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -46,11 +47,16 @@ class QuotaBoard:
         self._pauses: dict[tuple[str, str], float] = {}
         self._probed: dict[tuple[str, str], float] = {}
         self._told: dict[tuple[str, str], float] = {}
+        self._listeners: list[Callable[[Quota], None]] = []
         self._lock = threading.Lock()
 
     def after_fork(self) -> None:
         """In a forked child: a lock that another thread may have held is not waited for."""
         self._lock = threading.Lock()
+
+    def on_change(self, listener: Callable[[Quota], None]) -> None:
+        """Have ``listener`` called, in whichever thread it happens, with every quota that is learned from now on."""
+        self._listeners.append(listener)
 
     def note(self, identity: str, url: str, status: int, headers: Headers, now: float) -> Quota | None:
         """Learn from an answer of the origin; returns what the fleet should be told of, or None."""
@@ -135,6 +141,8 @@ class QuotaBoard:
     def _keep(self, place: tuple[str, str], quota: Quota) -> None:
         self._quotas.pop(place, None)
         self._quotas[place] = quota
+        for listener in self._listeners:
+            listener(quota)
         while len(self._quotas) > MAX_QUOTAS:
             oldest = next(iter(self._quotas))
             for known in (self._quotas, self._pauses, self._probed, self._told):

@@ -13,6 +13,7 @@ import threading
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exchange import Exchange
 from httpx_p2pcache.github import GitHub
+from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.network import NoPeers, PeerNetwork
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
@@ -89,7 +90,10 @@ def _start(settings: Settings) -> Exchange:
     github = GitHub(settings, stats)
     quotas = QuotaBoard()
     store = Store(settings.dir, max_size=settings.max_size, default_ttl=settings.default_ttl, any_coding=github.follows)
-    return Exchange(settings, store, keyring, stats, _network(settings, store, keyring, stats, quotas), github, quotas)
+    network = _network(settings, store, keyring, stats, quotas)
+    ledger = Ledger(settings.dir)
+    ledger.follow(stats)
+    return Exchange(settings, store, keyring, stats, network, github, quotas, ledger)
 
 
 def _network(settings: Settings, store: Store, keyring: Keyring, stats: Stats, quotas: QuotaBoard) -> PeerNetwork:
@@ -108,6 +112,7 @@ def _finish(exchange: Exchange, *, at_exit: bool = False) -> None:
     exchange.network.close(at_exit=at_exit)
     for name, count in exchange.stats.snapshot().items():
         _finished.add(name, count)
+    exchange.ledger.close(exchange.stats)
     exchange.store.close()
 
 

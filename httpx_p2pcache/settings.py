@@ -73,7 +73,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     dir: Annotated[Path, Meta(description="a path", title="where entries are stored")] = Path("~/.cache/github_cli")
     max_size: Annotated[Bytes, Meta(title="size of the store on disk; 0: no limit")] = GIB
     max_body_size: Annotated[Bytes, Meta(title="larger bodies stream through unstored")] = 8 * MIB
-    github_hosts: Annotated[Words, Meta(title="hosts, with or without port, that follow GitHub's rules")] = (
+    github_hosts: Annotated[Words, Meta(title="hosts, with or without scheme and port, that follow GitHub's rules")] = (
         "api.github.com",
     )
     computed_validators: Annotated[Flag, Meta(title="share across tokens where GitHub's ETag can be computed")] = True
@@ -122,6 +122,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if environ.get("RUNNER_TEMP"):
             values.setdefault("peer_registry", Path(environ["RUNNER_TEMP"]) / "p2p_peers")
         return cls(**(values | overrides))
+
+    def origins(self) -> dict[str, str]:
+        """The hosts of ``github_hosts``, and the scheme by which each is reached: https, unless it is this machine.
+
+        A host may be written with its scheme, as ``http://ghe.test:8080``.
+        """
+        found = {}
+        for text in self.github_hosts:
+            scheme, separator, netloc = text.lower().rpartition("://")
+            found[netloc.rstrip("/")] = scheme if separator else "http" if _is_this_machine(netloc) else "https"
+        return found
 
     def __repr__(self) -> str:
         shown = (
@@ -178,10 +189,8 @@ def _spec(field: msgspec.structs.FieldInfo, hint: Any) -> _Spec:
     return _Spec(hint, read, field.default, text["description"] or "text", text["title"])
 
 
-_SPECS: dict[str, _Spec] = {
-    field.name: _spec(field, get_type_hints(Settings, include_extras=True)[field.name])
-    for field in msgspec.structs.fields(Settings)
-}
+_HINTS = get_type_hints(Settings, include_extras=True)
+_SPECS: dict[str, _Spec] = {field.name: _spec(field, _HINTS[field.name]) for field in msgspec.structs.fields(Settings)}
 
 
 def variable(field: str) -> str:
@@ -202,6 +211,15 @@ def _written(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_this_machine(netloc: str) -> bool:
+    host, _, port = netloc.rpartition(":")
+    name = host if port.isdigit() else netloc
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return name == "localhost"
 
 
 def _complaint(name: str, value: object) -> str:

@@ -55,8 +55,8 @@ class P2PCacheTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
     ) -> None:
         self.settings = Settings.from_env() if settings is None else settings
         self.next_transport = next_transport
-        self._origins = Origins() if next_transport is None else None
         self._exchange = runner.acquire(self.settings)
+        self._origins = Origins(at_once=not self._exchange.network.active) if next_transport is None else None
         self._lock = threading.Lock()
         self._released = False
         self._background: set[threading.Thread] = set()

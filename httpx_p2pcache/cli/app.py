@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from httpx_p2pcache import __version__
+from httpx_p2pcache.cli import nodes
 from httpx_p2pcache.cli.demo import Outcome, Plan, demonstrate
 from httpx_p2pcache.testing import from_har, made_up
 
@@ -23,6 +24,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+for commands in (nodes.app,):
+    app.registered_commands += commands.registered_commands
 
 
 class Client(str, Enum):

@@ -1,25 +1,63 @@
-"""The node: this runner's part in the fleet. The only folder that imports libp2p and trio, and only in its thread."""
+"""The node: this runner's part in the fleet. The only folder that imports libp2p and trio, and only where it runs."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 
 from httpx_p2pcache.entries import Keyring
+from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.network import NoPeers, PeerNetwork
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
 from httpx_p2pcache.store import Store
 
+logger = logging.getLogger("httpx_p2pcache")
+
 
 def start(
     settings: Settings, store: Store, keyring: Keyring, stats: Stats, quotas: QuotaBoard, say_once: Callable[..., None]
 ) -> PeerNetwork:
-    """A node that begins to join the fleet in the background; without libp2p nobody, and ``say_once`` says why."""
+    """The runner's daemon if it is there, else a node that begins to join the fleet in the background.
+
+    Without libp2p nobody, and ``say_once`` says why.
+    """
+    if settings.node in ("auto", "daemon"):
+        network = _daemon(settings, keyring, quotas, say_once)
+        if network is not None:
+            return network
     if importlib.util.find_spec("libp2p") is None:
         say_once("sharing with other runners is off, as libp2p is not installed: pip install 'httpx-p2pcache[p2p]'")
         return NoPeers()
     from httpx_p2pcache.node.embedded import EmbeddedNode
 
     return EmbeddedNode(settings, store, keyring, stats, quotas, say_once)
+
+
+def _daemon(
+    settings: Settings, keyring: Keyring, quotas: QuotaBoard, say_once: Callable[..., None]
+) -> PeerNetwork | None:
+    """A connection to the runner's daemon; None if there is none and another node may take its place."""
+    from httpx_p2pcache.node.daemon.client import DaemonNode, WrongFleet
+    from httpx_p2pcache.node.daemon.paths import node_socket
+
+    path = node_socket(settings.dir)
+    if settings.node == "auto" and not path.exists():
+        return None
+    node = DaemonNode(
+        path, keyring.label, quotas, lookup_timeout=settings.lookup_timeout, largest=settings.max_body_size
+    )
+    try:
+        node.attach()
+    except WrongFleet as exc:
+        say_once("%s", exc)
+        return NoPeers() if settings.node == "daemon" else None
+    except (OSError, Rejected) as exc:
+        if settings.node == "auto":
+            logger.debug("there is no daemon at %s: %r", path, exc)
+            return None
+        say_once("there is no daemon in CACHE_DIR yet (p2pcache init starts one): sharing begins once it is there")
+    node.start()
+    return node

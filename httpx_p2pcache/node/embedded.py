@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Entry, Keyring
-from httpx_p2pcache.network import Answer, FleetClaim, Question, Unclaimed, done
+from httpx_p2pcache.network import Answer, FleetClaim, NoPeers, PeerNetwork, Question, Unclaimed, done
 from httpx_p2pcache.quota import Quota, QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
@@ -133,7 +133,7 @@ class EmbeddedNode:
             self._thread.join(IMPORT_SECONDS if at_exit and token is None else CLOSE_SECONDS)
         self._give_up()
 
-    def after_fork(self) -> None:
+    def after_fork(self) -> PeerNetwork:
         # The thread did not come along, but its sockets did: a port that the child holds would stay taken.
         self._token, self._closing = None, True
         fleet, self._fleet = self._fleet, None
@@ -143,6 +143,7 @@ class EmbeddedNode:
                     os.close(descriptor)
                 except OSError:
                     pass
+        return NoPeers()
 
     def _soon(self, func: Callable[[Fleet], None]) -> bool:
         """Have ``func`` called in the node's loop; false if there is none."""

@@ -49,6 +49,9 @@ class Link:
         self._reading = trio.CancelScope()
         self.introduced = trio.Event()
         self.heard = trio.current_time()
+        self.last = time.monotonic()  # the same for other threads, where there is no loop's time
+        self.received = 0  # bytes of frames
+        self.sent = 0
 
     async def send(self, frame: Any) -> None:
         """Write one frame; whole or, when it takes too long, not at all and the link is closed."""
@@ -61,6 +64,7 @@ class Link:
                     # A frame cut short by a cancellation would garble all that follow.
                     with trio.CancelScope(shield=True), trio.fail_after(WRITE_SECONDS):
                         await self._stream.write(data)
+                        self.sent += len(data)
         except Exception as exc:
             await self.close()
             raise OSError("the peer is gone") from exc
@@ -106,7 +110,10 @@ class Link:
         async with trio.open_nursery() as nursery:
             try:
                 while True:
-                    message = unpack(await read_frame(self._stream, self._limit))
+                    body = await read_frame(self._stream, self._limit)
+                    self.received += len(body)
+                    self.last = time.monotonic()
+                    message = unpack(body)
                     self.heard = trio.current_time()
                     if isinstance(message, ANSWERS) and self._answered(message):
                         continue
@@ -223,4 +230,7 @@ class Member:
             "how": self.how,
             "rtt_ms": None if self.rtt is None else round(self.rtt * 1000, 2),
             "connected_for": round(time.time() - self.since, 1),
+            "heard_ago": round(time.monotonic() - max((link.last for link in self.links), default=0.0), 1),
+            "bytes_in": sum(link.received for link in self.links),
+            "bytes_out": sum(link.sent for link in self.links),
         }

@@ -46,20 +46,20 @@ Address = Annotated[str, Meta(max_length=256)]
 PeerBytes = Annotated[bytes, Meta(min_length=2, max_length=64)]
 
 
-class _Frame(msgspec.Struct, array_like=True, tag=str.lower):
+class Frame(msgspec.Struct, array_like=True, tag=str.lower):
     pass
 
 
-class Hello(_Frame):
+class Hello(Frame):
     version: int
     nonce: Nonce
 
 
-class Proof(_Frame):
+class Proof(Frame):
     mac: Nonce
 
 
-class Introduce(_Frame):
+class Introduce(Frame):
     """Who I am, whom I know, what I take, and whether I can be asked."""
 
     addresses: Annotated[list[Address], Meta(max_length=16)]
@@ -69,13 +69,13 @@ class Introduce(_Frame):
     ready: bool  # I am a home already
 
 
-class Ready(_Frame):
+class Ready(Frame):
     """I know everybody whom I could find: from now on I am a home. Answered with Inventory."""
 
     call: Call
 
 
-class Inventory(_Frame):
+class Inventory(Frame):
     """To me you are a home now. I hold these cache keys, and fetch these claims (claim, id, seconds left)."""
 
     call: Call
@@ -83,7 +83,7 @@ class Inventory(_Frame):
     fetching: Annotated[list[tuple[ClaimKey, int, Seconds]], Meta(max_length=1000)]
 
 
-class Ask(_Frame):
+class Ask(Frame):
     """Answered with Found, Granted, Nothing, or with Wait and later one of the others. ``forwarded``: never Wait."""
 
     call: Call
@@ -91,13 +91,13 @@ class Ask(_Frame):
     forwarded: bool = False
 
 
-class Found(_Frame):
+class Found(Frame):
     call: Call
     sealed: bytes
     resident: Seconds
 
 
-class Granted(_Frame):
+class Granted(Frame):
     """The claim ``id`` is yours; ``sealed`` a stale entry worth validating, b"" for none."""
 
     call: Call
@@ -107,15 +107,15 @@ class Granted(_Frame):
     resident: Seconds
 
 
-class Wait(_Frame):
+class Wait(Frame):
     call: Call
 
 
-class Nothing(_Frame):
+class Nothing(Frame):
     call: Call
 
 
-class Publish(_Frame):
+class Publish(Frame):
     """To the home: an entry that ends a claim. Answered with Published: who has been served, and whether
     nothing more need be sent (a body that was left out may be missing)."""
 
@@ -126,13 +126,13 @@ class Publish(_Frame):
     resident: Seconds
 
 
-class Published(_Frame):
+class Published(Frame):
     call: Call
     served: Annotated[list[PeerBytes], Meta(max_length=1000)]
     enough: bool
 
 
-class Push(_Frame):
+class Push(Frame):
     """To everybody else: an entry that they may want."""
 
     key: Key
@@ -141,30 +141,30 @@ class Push(_Frame):
     resident: Seconds
 
 
-class Release(_Frame):
+class Release(Frame):
     claim: ClaimKey
     id: int
     verdict: Verdict
 
 
-class Invalidate(_Frame):
+class Invalidate(Frame):
     """These keys were written to. Answered with Done once nothing older is served any more."""
 
     call: Call
     keys: Annotated[list[Key], Meta(max_length=100)]
 
 
-class TellQuota(_Frame):
+class TellQuota(Frame):
     """What the origin has said of an identity's rate limit."""
 
     quota: Quota
 
 
-class Done(_Frame):
+class Done(Frame):
     call: Call
 
 
-class Ping(_Frame):
+class Ping(Frame):
     call: Call
 
 
@@ -204,7 +204,7 @@ class ByteStream(Protocol):
     async def write(self, data: bytes) -> None: ...
 
 
-def pack(frame: _Frame) -> bytes:
+def pack(frame: msgspec.Struct) -> bytes:
     """A frame's bytes with their length in front."""
     body = _ENCODER.encode(frame)
     return len(body).to_bytes(4, "big") + body

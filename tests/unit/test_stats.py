@@ -54,6 +54,7 @@ def test_the_summary_says_what_was_saved_and_what_it_cost() -> None:
         "coalesced": 1,
         "revalidated": 1,
         "origin_calls": 4,
+        "origin_ms": 400,
     }
     figures = summary(counts)
     assert {name: figures[name] for name in counts} == counts
@@ -64,6 +65,7 @@ def test_the_summary_says_what_was_saved_and_what_it_cost() -> None:
         "hit_rate": 0.6,
         "api_calls_saved": 7,
         "api_calls_made": 3,
+        "seconds_saved": 0.6,
     }
 
 

@@ -1,0 +1,3 @@
+from httpx_p2pcache.cli import main
+
+main()

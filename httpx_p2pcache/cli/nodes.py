@@ -1,0 +1,203 @@
+"""``p2pcache init``, ``node``, ``stop``, ``status``, ``peers``, ``discover``: the runner's daemon and its fleet."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from datetime import datetime, timedelta, timezone
+from typing import Annotated, Any, NoReturn, Optional
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from httpx_p2pcache.daemon import life
+from httpx_p2pcache.exceptions import SettingsError
+from httpx_p2pcache.settings import Settings
+
+app = typer.Typer()
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Idle = Annotated[float, typer.Option(min=0, help="Seconds without use after which it ends by itself; 0: never.")]
+Port = Annotated[
+    Optional[int],  # noqa: UP045 - Typer reads it on Python 3.10 as well
+    typer.Option(min=0, max=65535, help="Open the door on this loopback port as well; 0: any free one."),
+]
+
+
+def settings_or_exit() -> Settings:
+    """The environment's settings; a bad one ends the command with status 2."""
+    try:
+        return Settings.from_env()
+    except SettingsError as exc:
+        fail(str(exc), 2)
+
+
+def fail(text: str, status: int = 1) -> NoReturn:
+    """Say what is wrong on standard error, and exit."""
+    print(f"p2pcache: {text}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def print_json(value: object) -> None:
+    print(msgspec.json.format(msgspec.json.encode(value)).decode())
+
+
+@app.command()
+def init(
+    idle: Idle = life.IDLE_SECONDS,
+    port: Port = None,
+    wait: Annotated[float, typer.Option(min=0, max=300, help="Seconds to wait until it knows its peers.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Start this runner's daemon in the background, or find the one that runs.
+
+    When it returns the daemon can be used: every Python process with the same CACHE_DIR shares through it, and other
+    clients through its door. It outlives the step, not the job. Exit status 0: it runs; 2: it could not be started.
+    """
+    try:
+        status, started = life.launch(settings_or_exit(), idle=idle, port=port, wait=wait)
+    except (RuntimeError, OSError) as exc:
+        fail(str(exc), 2)
+    if as_json:
+        print_json({**status, "started": started})
+        return
+    print("the daemon runs" if started else "the daemon was running already")
+    _show_status(status)
+
+
+@app.command()
+def node(idle: Idle = 0, port: Port = None) -> None:
+    """Be this runner's daemon, in the foreground, until interrupted.
+
+    Exit status 0: it was stopped; 2: it cannot run, or another one runs already.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for noisy in ("httpx", "hypercorn", "libp2p", "multiaddr", "async_service"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    settings = settings_or_exit()
+    from httpx_p2pcache.daemon import process  # takes a second to import
+
+    try:
+        process.run(settings, idle=idle, port=port, ready=lambda door: print(f"the door is open: {door}", flush=True))
+    except life.AlreadyRunning:
+        fail(f"another daemon has {settings.dir} already (p2pcache status)", 2)
+    except OSError as exc:
+        fail(f"the daemon cannot run: {exc}", 2)
+
+
+@app.command()
+def stop(as_json: Json = False) -> None:
+    """End this runner's daemon. Exit status 0: it has ended, or there was none; 1: it does not end."""
+    try:
+        stopped = life.stop(settings_or_exit().dir)
+    except TimeoutError as exc:
+        fail(str(exc))
+    if as_json:
+        print_json({"stopped": stopped})
+    else:
+        print("the daemon has ended" if stopped else "no daemon was running")
+
+
+def _running(as_json: bool) -> dict[str, Any]:
+    """The daemon's status; without one the command ends with status 1."""
+    settings = settings_or_exit()
+    with life.Remote(settings.dir) as remote:
+        status: dict[str, Any] | None = remote.get("/status")
+    if status is None:
+        if as_json:
+            print_json({"running": False})
+            raise typer.Exit(1)
+        fail(f"no daemon runs in {settings.dir}: p2pcache init starts one")
+    return status
+
+
+@app.command()
+def status(
+    web: Annotated[bool, typer.Option("--web", help="Open a page to look at, and print where it is.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show this runner's daemon. Exit status 0: it runs; 1: none does."""
+    found = _running(as_json)
+    if web:
+        with life.Remote(settings_or_exit().dir) as remote:
+            opened = remote.post("/open")
+        if opened is None or opened.status_code != 200:
+            fail("the page cannot be opened")
+        url = f"{opened.json()['url']}/p2pcache/"
+        print_json({"page": url}) if as_json else print(url)
+        return
+    if as_json:
+        print_json({"running": True, **found})
+    else:
+        _show_status(found)
+
+
+@app.command()
+def peers(as_json: Json = False) -> None:
+    """List the members of the fleet that are connected. Exit status 0: there are some; 1: none, or no daemon."""
+    found = _running(as_json)["peers"]
+    if as_json:
+        print_json(found)
+    elif found:
+        table = Table("peer", "address", "found by", "round trip", "in", "out", "connected for", "last heard")
+        for peer in found:
+            rtt = "" if peer["rtt_ms"] is None else f"{peer['rtt_ms']} ms"
+            table.add_row(
+                short(peer["peer_id"]),
+                ", ".join(peer["addresses"]),
+                peer["how"],
+                rtt,
+                amount(peer["bytes_in"]),
+                amount(peer["bytes_out"]),
+                ago(peer["connected_for"]),
+                f"{peer['heard_ago']:.0f} s ago",
+            )
+        Console().print(table)
+    else:
+        print("no member of the fleet is connected", file=sys.stderr)
+    raise typer.Exit(0 if found else 1)
+
+
+def _show_status(status: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None)
+    sharing = "on" if status["p2p_enabled"] else "off"
+    table.add_row("sharing", sharing if status["joined"] or sharing == "off" else "on, joining")
+    table.add_row("fleet", status["fleet"])
+    table.add_row("peer ID", status["peer_id"] or "none")
+    table.add_row("addresses", "\n".join(status["addresses"]) or "none")
+    table.add_row("peers", str(status["connected_peers"]))
+    table.add_row("door", "\n".join([status["door"], *status["urls"]]))
+    table.add_row(
+        "store", f"{status['cache_dir']}, {status['cache_size']} entries, {amount(status['total_size_bytes'])}"
+    )
+    table.add_row("processes", f"{status['processes']} attached")
+    table.add_row("running for", f"{ago(status['now'] - status['since'])} (process {status['pid']})")
+    for quota in status["quotas"]:
+        who = quota["identity"] or "anonymous"
+        table.add_row(f"quota {quota['resource']}", f"{quota['remaining']} of {quota['limit']} left for {who}")
+    Console(soft_wrap=True).print(table)
+
+
+def short(peer_id: str) -> str:
+    """A peer ID as far as people compare it: its end."""
+    return f"…{peer_id[-8:]}"
+
+
+def amount(count: int) -> str:
+    """Bytes as people read them."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError(size)
+
+
+def ago(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def clock(at: float) -> str:
+    return datetime.fromtimestamp(at, timezone.utc).strftime("%H:%M")

@@ -1,0 +1,181 @@
+"""Starting, finding and stopping a runner's daemon: one per ``CACHE_DIR``, by a lock that it holds as long as it lives.
+
+Whoever holds the lock may replace the sockets that a dead one has left. The lock file names the process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from httpx_p2pcache.node.daemon.paths import door_socket
+from httpx_p2pcache.settings import Settings
+
+CONTROL = "p2pcache"  # the host, on the door's socket, that is the daemon itself
+IDLE_SECONDS = 1800.0  # after which a daemon that nobody uses ends
+START_SECONDS = 30.0  # for a daemon to listen: it imports what it needs first
+STOP_SECONDS = 5.0
+LOCK_SECONDS = 0.2
+LOG = "daemon.log"
+_LOCK = "daemon.lock"
+
+
+class AlreadyRunning(Exception):
+    """Another daemon has this ``CACHE_DIR``."""
+
+
+class Lock:
+    """The daemon's lock, held until the process ends. Raises :class:`AlreadyRunning`."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._file = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def __enter__(self) -> None:
+        until = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as exc:
+                if time.monotonic() > until:
+                    os.close(self._file)
+                    raise AlreadyRunning from exc
+                time.sleep(0.01)  # somebody may only be looking who holds it
+        os.ftruncate(self._file, 0)
+        os.write(self._file, str(os.getpid()).encode())
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+
+class Remote:
+    """The running daemon of a directory, as commands see it: its control over the socket."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        # Nothing is verified where there is no TLS; loading certificates would take longer than the call.
+        self._client = httpx.Client(
+            transport=httpx.HTTPTransport(uds=os.fspath(door_socket(directory)), verify=False),
+            base_url=f"http://{CONTROL}",
+            timeout=5.0,
+        )
+
+    def __enter__(self) -> Remote:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def get(self, path: str, **params: str | float) -> Any:
+        """A control's answer; None if no daemon answers."""
+        try:
+            response = self._client.get(path, params=params)
+            response.raise_for_status()
+        except (httpx.HTTPError, OSError):
+            return None
+        return response.json()
+
+    def post(self, path: str, **params: str | int) -> httpx.Response | None:
+        """The answer to an order; None if no daemon answers."""
+        try:
+            return self._client.post(path, params=params)
+        except (httpx.HTTPError, OSError):
+            return None
+
+
+def launch(settings: Settings, *, idle: float, port: int | None, wait: float) -> tuple[dict[str, Any], bool]:
+    """Have a daemon running, and joined within ``wait`` seconds: its status, and whether it was started by this.
+
+    Raises RuntimeError, with what it said last, if it does not come up.
+    """
+    with Remote(settings.dir) as remote:
+        status = remote.get("/status")
+        started = status is None
+        process = None
+        if started:
+            process = _spawn(settings, idle, port)
+        until = time.monotonic() + START_SECONDS
+        while status is None:
+            if (process is not None and process.poll() not in (None, 0)) or time.monotonic() > until:
+                raise RuntimeError(f"the daemon did not start: {_last_words(settings.dir)}")
+            time.sleep(0.02)
+            status = remote.get("/status")
+        until = time.monotonic() + wait
+        while not status["joined"] and status["p2p_enabled"] and time.monotonic() < until:
+            time.sleep(0.05)
+            status = remote.get("/status") or status
+        if port is not None:
+            remote.post("/open", port=port)
+            status = remote.get("/status") or status
+        if process is not None:
+            process.returncode = process.poll() or 0  # it outlives us: nobody is to wait for it
+        return status, started
+
+
+def stop(directory: Path) -> bool:
+    """End the daemon of a directory; false if there was none. Raises TimeoutError if it does not end."""
+    held = _holder(directory)
+    if held is None:
+        return False
+    with Remote(directory) as remote:
+        if remote.post("/stop") is None:
+            _signal(held, signal.SIGTERM)
+    until = time.monotonic() + STOP_SECONDS
+    while _holder(directory) is not None:
+        if time.monotonic() > until:
+            raise TimeoutError(f"the daemon (process {held}) does not end")
+        time.sleep(0.02)
+    return True
+
+
+def _spawn(settings: Settings, idle: float, port: int | None) -> subprocess.Popen[bytes]:
+    settings.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "httpx_p2pcache.cli", "node", "--idle", str(idle)]
+    command += [] if port is None else ["--port", str(port)]
+    descriptor = os.open(settings.dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb") as log:
+        # In a session of its own it outlives the step. RUNNER_TRACKING_ID stays: it is not to outlive the job.
+        return subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def _last_words(directory: Path) -> str:
+    try:
+        lines = (directory / LOG).read_text("utf-8", "replace").strip().splitlines()
+    except OSError as exc:
+        return str(exc)
+    return lines[-1] if lines else f"it said nothing in {directory / LOG}"
+
+
+def _holder(directory: Path) -> int | None:
+    """The process that holds the daemon's lock; None if nobody does."""
+    try:
+        descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        text = os.read(descriptor, 20)
+        return int(text) if text.isdigit() else 0
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _signal(process: int, number: int) -> None:
+    try:
+        if process:
+            os.kill(process, number)
+    except OSError:
+        pass
