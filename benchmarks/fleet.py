@@ -15,6 +15,7 @@ def run() -> dict[str, Any]:
             Plan(
                 runners=5,
                 resources=made_up(100),
+                targets=list(made_up(100)),
                 latency=0.08,
                 own_tokens=False,
                 stagger=0,

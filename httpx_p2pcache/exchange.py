@@ -28,7 +28,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Hashable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import hishel
 
@@ -44,7 +44,7 @@ from httpx_p2pcache.lookup import CACHEABLE, FOR_THE_ORIGIN, SPECIAL, Lookup
 from httpx_p2pcache.network import PeerNetwork
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
-from httpx_p2pcache.stats import Stats, summary
+from httpx_p2pcache.stats import Stats, aggregate, summary
 from httpx_p2pcache.store import Store
 from httpx_p2pcache.stored import Stored
 
@@ -79,9 +79,12 @@ class Exchange:
     def describe(self) -> dict[str, object]:
         """Counters, the figures made of them, the node's state and the store's size, as plain values."""
         entries, size = self.store.size()
+        counts, status = self.stats.snapshot(), self.network.status()
+        runners: Any = status.pop("runners") or {"": counts}
         return {
-            **summary(self.stats.snapshot()),
-            **self.network.status(),
+            **summary(counts),
+            **status,
+            "aggregate": aggregate(runners, cast("int", status["connected_peers"])),
             "quotas": self.quotas.describe(),
             "cache_dir": str(self.settings.dir),
             "cache_size": entries,

@@ -210,7 +210,7 @@ def endpoint(method: str, url: str) -> str:
 
     Never a query, and no more than three parts of the path: names of owners, repositories, files are left out.
     """
-    parts = family(url).split("/")
+    parts = [part for part in family(url).split("/") if part]
     for number, part in enumerate(parts):
         if part in _NAMES_FOLLOW:
             parts = [*parts[: number + 1], "*"][:3] if number + 1 < len(parts) else parts

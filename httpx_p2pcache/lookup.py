@@ -248,6 +248,8 @@ class Lookup:
         """Steps 5 to 7."""
         exchange = self.exchange
         why = "stale" if self.held else "miss"
+        if self.held:
+            exchange.stats.add("expirations", endpoint=endpoint(self.request.method, self.request.url))
         if self.shown.headers:
             why = "request"
         while True:

@@ -108,7 +108,10 @@ class PeerNetwork(Protocol):
         ...
 
     def status(self) -> dict[str, object]:
-        """``p2p_enabled``, ``peer_id``, ``addresses``, ``connected_peers`` and ``peers``, as plain values."""
+        """``p2p_enabled``, ``peer_id``, ``addresses``, ``connected_peers``, ``peers`` and ``runners``, as plain values.
+
+        ``runners``: what each runner of the fleet has counted since its node started, by the runner's name.
+        """
         ...
 
     def close(self, *, at_exit: bool = False) -> None:
@@ -155,7 +158,14 @@ class NoPeers:
     def tell_quota(self, quota: Quota) -> None: ...
 
     def status(self) -> dict[str, object]:
-        return {"p2p_enabled": False, "peer_id": None, "addresses": [], "connected_peers": 0, "peers": []}
+        return {
+            "p2p_enabled": False,
+            "peer_id": None,
+            "addresses": [],
+            "connected_peers": 0,
+            "peers": [],
+            "runners": {},
+        }
 
     def close(self, *, at_exit: bool = False) -> None: ...
 

@@ -17,7 +17,7 @@ from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.network import NoPeers, PeerNetwork
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
-from httpx_p2pcache.stats import Stats, summary
+from httpx_p2pcache.stats import Stats, aggregate, summary
 from httpx_p2pcache.store import Store, local_secret
 
 logger = logging.getLogger("httpx_p2pcache")
@@ -67,12 +67,14 @@ def get_stats() -> dict[str, object]:
 
     Keys: those of ``stats.COUNTERS`` (whole numbers), ``hits``, ``misses``, ``total_requests``, ``api_calls_saved``,
     ``api_calls_made``, ``hit_rate`` (0 to 1), ``connected_peers``, ``peer_id``, ``p2p_enabled``, ``cache_size``
-    (entries), ``total_size_bytes``, ``cache_dir``.
+    (entries), ``total_size_bytes``, ``cache_dir``, and ``aggregate``: the same counters and figures of the whole fleet,
+    with ``runners``, ``total_api_calls``, ``total_cache_hits`` and ``total_peers``.
     """
     with _lock:
         described = [exchange.describe() for exchange, _ in _running.values()]
     counts = _finished.snapshot()
     whole: dict[str, object] = {"p2p_enabled": False, "peer_id": None, "connected_peers": 0, "cache_dir": None}
+    whole |= {"aggregate": None}
     for one in described:
         for name in counts:
             counts[name] += one[name]  # type: ignore[operator] # counters are whole numbers
@@ -80,6 +82,8 @@ def get_stats() -> dict[str, object]:
             whole |= {name: one[name] for name in whole}
     for name in ("cache_size", "total_size_bytes"):
         whole[name] = sum(one[name] for one in described)  # type: ignore[misc] # so are sizes
+    if not whole["p2p_enabled"]:
+        whole["aggregate"] = aggregate({"": counts}, 0)
     return {**summary(counts), **whole}
 
 

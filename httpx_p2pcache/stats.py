@@ -12,6 +12,7 @@ COUNTERS = (
     "peer_hits",  # answered with what a peer held or was fetching, the origin not asked
     "coalesced",  # of the hits: waited for another request's fetch of the same thing
     "revalidated",  # the origin said 304: free of quota, and the stored body served
+    "expirations",  # an entry was held, and had to be validated
     "stale_served",  # the origin failed or refused, and a stale entry was served
     "origin_calls",  # requests that reached the origin, 304s included
     "origin_ms",  # milliseconds that the origin took for them, to the head of its answer
@@ -77,4 +78,16 @@ def summary(counts: Mapping[str, int]) -> dict[str, int | float]:
         "api_calls_saved": hits + counts["revalidated"],
         "api_calls_made": calls,
         "seconds_saved": round(hits * mean, 3),
+    }
+
+
+def aggregate(runners: Mapping[str, Mapping[str, int]], peers: int) -> dict[str, int | float]:
+    """The fleet's figures: those of all ``runners`` together, with what users of the first system read."""
+    together = summary(total(runners))
+    return {
+        **together,
+        "runners": len(runners),
+        "total_api_calls": together["api_calls_made"],
+        "total_cache_hits": together["hits"],
+        "total_peers": peers,
     }

@@ -192,6 +192,21 @@ class Store:
                 self._remember(key, [])
                 self._bury(key, _EVERYBODY, now)
 
+    def clear(self) -> int:
+        """Remove every entry; returns how many there were. Raises OSError if that is not possible."""
+        with self._lock:
+            entries, _ = self.size()
+            self._open()
+            assert self._connection is not None
+            try:
+                self._connection.executescript(
+                    "BEGIN IMMEDIATE; DELETE FROM streams; DELETE FROM entries; COMMIT; VACUUM;"
+                )
+            except sqlite3.Error as exc:
+                raise OSError(str(exc)) from exc
+            self._forget()
+            return entries
+
     def keys(self, limit: int) -> list[bytes]:
         """The cache keys of up to ``limit`` entries, the latest used first."""
         with self._lock:

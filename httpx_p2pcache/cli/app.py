@@ -7,16 +7,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
 from httpx_p2pcache import __version__
-from httpx_p2pcache.cli import nodes
+from httpx_p2pcache.cli import fetch, figures, nodes, verify
 from httpx_p2pcache.cli.demo import Outcome, Plan, demonstrate
-from httpx_p2pcache.testing import from_har, made_up
+from httpx_p2pcache.cli.show import Json, fail, print_json, table
+from httpx_p2pcache.testing import from_har, made_up, targets_of
 
 app = typer.Typer(
     help="An HTTP cache that a fleet of machines shares without a server.",
@@ -26,7 +25,7 @@ app = typer.Typer(
 )
 
 
-for commands in (nodes.app,):
+for commands in (nodes.app, figures.app, fetch.app, verify.app):
     app.registered_commands += commands.registered_commands
 
 
@@ -67,7 +66,7 @@ def demo(
     stagger: Annotated[float, typer.Option(min=0, max=60, help="Seconds between the starts of two runners.")] = 0,
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests that a runner has under way.")] = 4,
     client: Annotated[Client, typer.Option(help="The httpx client the runners use.")] = Client.sync,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what sharing saves: runners that ask for the same URLs in the same second, alone and as a fleet.
 
@@ -81,23 +80,69 @@ def demo(
     plan = Plan(
         runners=runners,
         resources=resources,
+        targets=list(resources),
         latency=latency / 1000,
         own_tokens=own_tokens,
         stagger=stagger,
         concurrency=concurrency,
         client=client.value,
     )
-    try:
-        with _Bars(runners, len(resources)) as bars:
-            outcome = demonstrate(plan, bars.advance)
-    except RuntimeError as exc:
-        print(f"p2pcache demo: {exc}", file=sys.stderr)
-        raise typer.Exit(2) from exc
+    outcome = _demonstrated(plan, "demo")
     if as_json:
-        print(msgspec.json.format(msgspec.json.encode(outcome)).decode())
+        print_json(outcome)
     else:
         _show(outcome)
     raise typer.Exit(0 if outcome.right else 1)
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="Your recorded traffic (HAR 1.2).", exists=True, dir_okay=False)],
+    runners: Annotated[int, typer.Option(min=1, max=50, help="How many runners do the same.")] = 5,
+    latency: Annotated[float, typer.Option(min=0, max=10_000, help="Milliseconds that the origin takes.")] = 80,
+    own_tokens: Annotated[bool, typer.Option("--own-tokens", help="Each runner has a token of its own.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what sharing would save on your own recorded traffic.
+
+    Each runner makes the file's GETs that were answered with 200, in the recorded order with all repeats, as fast as
+    it can, against a stand-in that serves what was recorded; nothing goes to the true origin. Exit status as of demo.
+    """
+    try:
+        resources, targets = from_har(file), targets_of(file)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc), param_hint="FILE") from exc
+    plan = Plan(
+        runners=runners,
+        resources=resources,
+        targets=targets,
+        latency=latency / 1000,
+        own_tokens=own_tokens,
+        stagger=0,
+        concurrency=1,
+        client="sync",
+    )
+    outcome = _demonstrated(plan, "replay")
+    asked, alone, shared = outcome.without.asked, outcome.without.counted_calls, outcome.with_sharing.counted_calls
+    if as_json:
+        print_json({"calls_without_cache": asked, "calls_with_own_caches": alone, "calls_with_sharing": shared})
+    else:
+        rows = [
+            ("no cache", asked, ""),
+            ("a cache for each runner", alone, f"{1 - alone / asked:.0%}" if asked else ""),
+            ("one that they share", f"[bold]{shared}[/]", f"[bold green]{1 - shared / asked:.0%}[/]" if asked else ""),
+        ]
+        title = f"{runners} runners x {len(targets)} recorded requests for {len(resources)} URLs"
+        table(("", "calls that count", "saved"), rows, title)
+    raise typer.Exit(0 if outcome.right else 1)
+
+
+def _demonstrated(plan: Plan, command: str) -> Outcome:
+    try:
+        with _Bars(plan.runners, len(plan.targets)) as bars:
+            return demonstrate(plan, bars.advance)
+    except RuntimeError as exc:
+        fail(f"{command}: {exc}", 2)
 
 
 class _Bars:
@@ -127,32 +172,33 @@ class _Bars:
 
 
 def _show(outcome: Outcome) -> None:
-    console = Console()
     without, shared = outcome.without, outcome.with_sharing
-    calls = Table(title=f"{outcome.runners} runners x {outcome.urls} URLs, begun in the same second")
-    calls.add_column("")
-    calls.add_column("without sharing", justify="right")
-    calls.add_column("with sharing", justify="right")
-    calls.add_row("requests", str(without.asked), str(shared.asked))
-    calls.add_row("answers that were right", str(without.right), str(shared.right))
-    calls.add_row("calls that reached the origin", str(without.origin_calls), f"[bold]{shared.origin_calls}[/]")
-    calls.add_row("calls that counted (304s are free)", str(without.counted_calls), f"[bold]{shared.counted_calls}[/]")
-    calls.add_row("share of counted calls saved", "", f"[bold green]{outcome.saved:.0%}[/]")
-    calls.add_row("seconds from start to last answer", f"{without.seconds:.1f}", f"{shared.seconds:.1f}")
-    console.print(calls)
+    table(
+        ("", "without sharing", "with sharing"),
+        [
+            ("requests", without.asked, shared.asked),
+            ("answers that were right", without.right, shared.right),
+            ("calls that reached the origin", without.origin_calls, f"[bold]{shared.origin_calls}[/]"),
+            ("calls that counted (304s are free)", without.counted_calls, f"[bold]{shared.counted_calls}[/]"),
+            ("share of counted calls saved", "", f"[bold green]{outcome.saved:.0%}[/]"),
+            ("seconds from start to last answer", f"{without.seconds:.1f}", f"{shared.seconds:.1f}"),
+        ],
+        f"{outcome.runners} runners x {outcome.urls} URLs, begun in the same second",
+    )
     if shared.sources:
-        latency = Table(title="With sharing: where answers came from")
-        for heading in ("source", "answers", "median ms", "p99 ms"):
-            latency.add_column(heading, justify="left" if heading == "source" else "right")
-        for source, figures in shared.sources.items():
-            latency.add_row(source, str(figures.count), f"{figures.median_ms:.1f}", f"{figures.p99_ms:.1f}")
-        console.print(latency)
-    each = Table(title="With sharing: each runner")
-    for heading in ("runner", "local", "peer", "origin", "joined after s", "done after s"):
-        each.add_column(heading, justify="right")
-    for number, counts in enumerate(shared.runners, 1):
-        each.add_row(str(number), *(str(counts[name]) for name in ("local", "peer", "origin", "joined", "seconds")))
-    console.print(each)
+        table(
+            ("source", "answers", "median ms", "p99 ms"),
+            [(name, f.count, f"{f.median_ms:.1f}", f"{f.p99_ms:.1f}") for name, f in shared.sources.items()],
+            "With sharing: where answers came from",
+        )
+    table(
+        ("runner", "local", "peer", "origin", "joined after s", "done after s"),
+        [
+            (number, *(counts[name] for name in ("local", "peer", "origin", "joined", "seconds")))
+            for number, counts in enumerate(shared.runners, 1)
+        ],
+        "With sharing: each runner",
+    )
     if not outcome.right:
         errors = [*without.errors, *shared.errors]
-        console.print(f"[red]Not every answer was right.[/] {errors[0] if errors else ''}")
+        print(f"Not every answer was right. {errors[0] if errors else ''}")

@@ -25,10 +25,11 @@ RUN_SECONDS = 300.0
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What the demo does. ``latency`` and ``stagger`` in seconds."""
+    """What the demo does. ``latency`` and ``stagger`` in seconds; ``targets`` in the order asked, repeats included."""
 
     runners: int
     resources: dict[str, Resource]
+    targets: list[str]
     latency: float
     own_tokens: bool
     stagger: float
@@ -80,7 +81,7 @@ def demonstrate(plan: Plan, progress: Progress) -> Outcome:
     saved = 1 - shared.counted_calls / without.counted_calls if without.counted_calls else 0.0
     return Outcome(
         runners=plan.runners,
-        urls=len(plan.resources),
+        urls=len(plan.targets),
         without=without,
         with_sharing=shared,
         saved=saved,
@@ -93,12 +94,13 @@ def _round(plan: Plan, directory: Path, sharing: bool, progress: Progress) -> Ro
     with Origin(plan.resources, latency=plan.latency, limit=1_000_000) as origin:
         expected = {origin.url + target: hashlib.sha256(r.body).hexdigest() for target, r in plan.resources.items()}
         with _processes(plan, origin, directory, sharing) as processes:
-            results = _run(plan, processes, list(expected), lambda runner, n: progress(name, runner, n))
+            urls = [origin.url + target for target in plan.targets]
+            results = _run(plan, processes, urls, lambda runner, n: progress(name, runner, n))
         calls, counted = len(origin.calls), origin.counted()
     seen = [msgspec.convert(answer, Seen) for result in results for answer in result["answers"]]
     return Round(
         sharing=sharing,
-        asked=plan.runners * len(expected),
+        asked=plan.runners * len(plan.targets),
         right=sum(answer.status == 200 and expected[answer.url] == answer.sha256 for answer in seen),
         origin_calls=calls,
         counted_calls=counted,

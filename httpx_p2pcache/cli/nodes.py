@@ -4,44 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
-from datetime import datetime, timedelta, timezone
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, Optional
 
-import msgspec
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from httpx_p2pcache.cli.show import Json, ago, amount, facts, fail, print_json, settings_or_exit, short, table
 from httpx_p2pcache.daemon import life
-from httpx_p2pcache.exceptions import SettingsError
-from httpx_p2pcache.settings import Settings
 
 app = typer.Typer()
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Idle = Annotated[float, typer.Option(min=0, help="Seconds without use after which it ends by itself; 0: never.")]
 Port = Annotated[
     Optional[int],  # noqa: UP045 - Typer reads it on Python 3.10 as well
     typer.Option(min=0, max=65535, help="Open the door on this loopback port as well; 0: any free one."),
 ]
-
-
-def settings_or_exit() -> Settings:
-    """The environment's settings; a bad one ends the command with status 2."""
-    try:
-        return Settings.from_env()
-    except SettingsError as exc:
-        fail(str(exc), 2)
-
-
-def fail(text: str, status: int = 1) -> NoReturn:
-    """Say what is wrong on standard error, and exit."""
-    print(f"p2pcache: {text}", file=sys.stderr)
-    raise typer.Exit(status)
-
-
-def print_json(value: object) -> None:
-    print(msgspec.json.format(msgspec.json.encode(value)).decode())
 
 
 @app.command()
@@ -141,63 +117,65 @@ def peers(as_json: Json = False) -> None:
     if as_json:
         print_json(found)
     elif found:
-        table = Table("peer", "address", "found by", "round trip", "in", "out", "connected for", "last heard")
-        for peer in found:
-            rtt = "" if peer["rtt_ms"] is None else f"{peer['rtt_ms']} ms"
-            table.add_row(
-                short(peer["peer_id"]),
-                ", ".join(peer["addresses"]),
-                peer["how"],
-                rtt,
-                amount(peer["bytes_in"]),
-                amount(peer["bytes_out"]),
-                ago(peer["connected_for"]),
-                f"{peer['heard_ago']:.0f} s ago",
-            )
-        Console().print(table)
+        columns = ("peer", "address", "found by", "round trip", "in", "out", "connected for", "last heard")
+        table(columns, map(_peer, found), numbers=False)
     else:
         print("no member of the fleet is connected", file=sys.stderr)
     raise typer.Exit(0 if found else 1)
 
 
+def _peer(peer: dict[str, Any]) -> list[str]:
+    return [
+        short(peer["peer_id"]),
+        ", ".join(peer["addresses"]),
+        peer["how"],
+        "" if peer["rtt_ms"] is None else f"{peer['rtt_ms']} ms",
+        amount(peer["bytes_in"]),
+        amount(peer["bytes_out"]),
+        ago(peer["connected_for"]),
+        f"{peer['heard_ago']:.0f} s ago",
+    ]
+
+
 def _show_status(status: dict[str, Any]) -> None:
-    table = Table(show_header=False, box=None)
-    sharing = "on" if status["p2p_enabled"] else "off"
-    table.add_row("sharing", sharing if status["joined"] or sharing == "off" else "on, joining")
-    table.add_row("fleet", status["fleet"])
-    table.add_row("peer ID", status["peer_id"] or "none")
-    table.add_row("addresses", "\n".join(status["addresses"]) or "none")
-    table.add_row("peers", str(status["connected_peers"]))
-    table.add_row("door", "\n".join([status["door"], *status["urls"]]))
-    table.add_row(
-        "store", f"{status['cache_dir']}, {status['cache_size']} entries, {amount(status['total_size_bytes'])}"
-    )
-    table.add_row("processes", f"{status['processes']} attached")
-    table.add_row("running for", f"{ago(status['now'] - status['since'])} (process {status['pid']})")
+    sharing = "off" if not status["p2p_enabled"] else "on" if status["joined"] else "on, joining"
+    rows = [
+        ("sharing", sharing),
+        ("fleet", status["fleet"]),
+        ("peer ID", status["peer_id"] or "none"),
+        *(("address", address) for address in status["addresses"]),
+        ("peers", str(status["connected_peers"])),
+        *(("door", door) for door in [status["door"], *status["urls"]]),
+        ("store", f"{status['cache_dir']}, {status['cache_size']} entries, {amount(status['total_size_bytes'])}"),
+        ("processes", f"{status['processes']} attached"),
+        ("running for", f"{ago(status['now'] - status['since'])} (process {status['pid']})"),
+    ]
     for quota in status["quotas"]:
         who = quota["identity"] or "anonymous"
-        table.add_row(f"quota {quota['resource']}", f"{quota['remaining']} of {quota['limit']} left for {who}")
-    Console(soft_wrap=True).print(table)
+        rows.append((f"quota {quota['resource']}", f"{quota['remaining']} of {quota['limit']} left for {who}"))
+    facts(rows)
 
 
-def short(peer_id: str) -> str:
-    """A peer ID as far as people compare it: its end."""
-    return f"…{peer_id[-8:]}"
+@app.command()
+def discover(
+    most: Annotated[Optional[int], typer.Argument(min=1, metavar="[MAX]", help="At most so many.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """List the peers that may be there, as multiaddrs: from the registry, the settings, and the daemon's members.
 
+    Exit status 0: there are some; 1: none.
+    """
+    from httpx_p2pcache.cli.discovered import discovered
 
-def amount(count: int) -> str:
-    """Bytes as people read them."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError(size)
-
-
-def ago(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
-
-
-def clock(at: float) -> str:
-    return datetime.fromtimestamp(at, timezone.utc).strftime("%H:%M")
+    settings = settings_or_exit()
+    with life.Remote(settings.dir) as remote:
+        status = remote.get("/status")
+    found = discovered(settings, status)[:most]
+    if as_json:
+        print_json(found)
+    else:
+        for peer in found:
+            print(peer["multiaddr"])
+    if not found and not as_json:
+        print('no peers are known: see docs/troubleshooting.md, "No peers"', file=sys.stderr)
+    raise typer.Exit(0 if found else 1)

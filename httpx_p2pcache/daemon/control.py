@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -40,7 +41,7 @@ class Control:
         exchange: Exchange,
         describe: Callable[[], dict[str, Any]],
         open_port: Callable[[int], Awaitable[str]],
-        stop: Callable[[], None],
+        stop: Callable[[], Awaitable[None]],
     ) -> None:
         self._exchange = exchange
         self._describe = describe
@@ -68,7 +69,17 @@ class Control:
     def status(self) -> dict[str, Any]:
         """Plain values; may touch the disk."""
         described = self._exchange.describe()
-        kept = ("p2p_enabled", "peer_id", "addresses", "connected_peers", "peers", "quotas", "cache_dir", "cache_size")
+        kept = (
+            "aggregate",
+            "p2p_enabled",
+            "peer_id",
+            "addresses",
+            "connected_peers",
+            "peers",
+            "quotas",
+            "cache_dir",
+            "cache_size",
+        )
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -128,5 +139,4 @@ class Control:
             return JSONResponse({"message": f"the port cannot be opened: {exc}"}, 409)
 
     async def _end(self, _: Request) -> Response:
-        self._stop()
-        return JSONResponse({"stopping": True})
+        return JSONResponse({"stopping": True}, background=BackgroundTask(self._stop))

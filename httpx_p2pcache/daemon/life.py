@@ -127,11 +127,13 @@ def stop(directory: Path) -> bool:
     if held is None:
         return False
     with Remote(directory) as remote:
-        if remote.post("/stop") is None:
-            _signal(held, signal.SIGTERM)
-    until = time.monotonic() + STOP_SECONDS
+        told = remote.post("/stop") is not None
+    began = time.monotonic()
     while _holder(directory) is not None:
-        if time.monotonic() > until:
+        if not told and time.monotonic() > began + STOP_SECONDS / 5:
+            _signal(held, signal.SIGTERM)
+            told = True
+        if time.monotonic() > began + STOP_SECONDS:
             raise TimeoutError(f"the daemon (process {held}) does not end")
         time.sleep(0.02)
     return True

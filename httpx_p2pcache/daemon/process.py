@@ -55,7 +55,7 @@ class _Daemon:
         transport = P2PCacheTransport(settings=self._settings)
         label, largest = exchange.keyring.label, self._settings.max_body_size
         self._server = Server(exchange.network, exchange.store, exchange.quotas, label, largest)
-        self._control = Control(exchange, self._describe, self._open_port, self._stopping.set)
+        self._control = Control(exchange, self._describe, self._open_port, self._stop)
         self._door = partial(Door, transport, self._control.app, used=self._note_use)
         listening = [listen(node_path), listen(door_path)]
         try:
@@ -70,6 +70,7 @@ class _Daemon:
                 await self._stopping.wait()
                 self._tasks.cancel_scope.cancel()
         finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending: what it has published is handed over first
             for path, listener in zip((node_path, door_path), listening, strict=True):
                 path.unlink(missing_ok=True)
                 listener.close()
@@ -79,7 +80,7 @@ class _Daemon:
 
     async def _serve(self, app: App, listener: socket.socket) -> None:
         config = Config()
-        config.bind = [f"fd://{listener.fileno()}"]
+        config.bind = [f"fd://{listener.detach()}"]  # it is hypercorn's from here on
         config.include_server_header = config.include_date_header = False
         config.accesslog = config.errorlog = None
         config.keep_alive_timeout = 60.0
@@ -107,6 +108,9 @@ class _Daemon:
             "idle_seconds": round(time.time() - self._used_at, 1),
             "ends_after_idle_seconds": self._idle,
         }
+
+    async def _stop(self) -> None:
+        self._stopping.set()
 
     def _note_use(self) -> None:
         self._used_at = time.time()

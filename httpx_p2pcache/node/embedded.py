@@ -108,7 +108,7 @@ class EmbeddedNode:
     def status(self) -> dict[str, object]:
         fleet = self._fleet
         if fleet is None:
-            return {"p2p_enabled": True, "peer_id": None, "addresses": [], "connected_peers": 0, "peers": []}
+            return {**NoPeers().status(), "p2p_enabled": True}
         peers = [member.describe() for member in list(fleet.members.values())]
         return {
             "p2p_enabled": True,
@@ -116,6 +116,7 @@ class EmbeddedNode:
             "addresses": list(fleet.addresses),
             "connected_peers": len(peers),
             "peers": peers,
+            "runners": fleet.runners(),
         }
 
     def close(self, *, at_exit: bool = False) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -19,17 +20,18 @@ import trio
 from libp2p.peer.id import ID
 
 from httpx_p2pcache.entries import Keyring
+from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.node.discovery import Discovery, Sighting
 from httpx_p2pcache.node.discovery.registry import Registry
 from httpx_p2pcache.node.discovery.static import StaticPeers
 from httpx_p2pcache.node.home import Home
 from httpx_p2pcache.node.host import Host, announced, is_loopback, reset
 from httpx_p2pcache.node.members import Link, Member
-from httpx_p2pcache.node.protocol import FRAME_OVERHEAD, Introduce, Inventory, Message, Ready, admit
+from httpx_p2pcache.node.protocol import FRAME_OVERHEAD, Introduce, Inventory, Message, Ready, TellCounts, admit
 from httpx_p2pcache.node.worker import Worker
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
-from httpx_p2pcache.stats import Stats
+from httpx_p2pcache.stats import Stats, total
 from httpx_p2pcache.store import Store
 
 logger = logging.getLogger("httpx_p2pcache")
@@ -43,6 +45,7 @@ BACK_OFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 SILENCE_SECONDS = 5.0  # after which a member is asked whether it is still there
 URGENT_SECONDS = 1.0  # the same while somebody waits for it
 PING_SECONDS = 2.0
+COUNTS_SECONDS = 2.0  # between two messages to the members about what has been counted
 NEWCOMER_SECONDS = 0.5  # within which somebody who has connected is expected to know the others
 FORGET_SECONDS = 60.0  # after which a peer that cannot be reached, and is not seen any more, is forgotten
 DIALS_AT_ONCE = 32
@@ -94,6 +97,9 @@ class Fleet:
             Registry(self.settings.peer_registry or self.settings.dir / "peers", self.keyring, self.settings.peer_ttl),
         ]
         self._failed_discoveries: set[str] = set()
+        self._ledger = Ledger(self.settings.dir)
+        self._began = time.time()
+        self.counts = TellCounts("", {})  # of this runner
 
     async def run(self, started: Callable[[], None]) -> None:
         """Be a member until ``stopping`` is set; ``started`` is called once we listen. Raises OSError if we cannot."""
@@ -106,6 +112,7 @@ class Fleet:
                         self.nursery.start_soon(self._look_around)
                         self.nursery.start_soon(self._watch)
                         self.nursery.start_soon(self._show_out_strangers)
+                        self.nursery.start_soon(self._tell_counts)
                         await self.stopping.wait()
                         # What has been paid for is handed over first: a short process would share nothing else.
                         with trio.move_on_after(FAREWELL_SECONDS):
@@ -117,6 +124,12 @@ class Fleet:
                             await self._tried(discovery, discovery.withdraw)
         finally:
             self._worker.stop()
+
+    def runners(self) -> dict[str, dict[str, int]]:
+        """What each runner of the fleet has counted, as last heard: by the runner's name, this one's included."""
+        told = [self.counts, *(m.counts for m in list(self.members.values()) if m.counts is not None)]
+        # A runner without a daemon may have several nodes, of which each tells what all its processes have counted.
+        return {one.runner: one.counts for one in sorted(told, key=lambda t: t.counts.get("requests", 0)) if one.runner}
 
     def spawn(self, func: Callable[..., Awaitable[None]], *args: Any) -> None:
         """Run ``func`` in the background; if it fails that costs its own purpose and nothing else."""
@@ -284,6 +297,9 @@ class Fleet:
                 if link.peer_id in self.members:
                     self._is_ready(self.members[link.peer_id])
                 await link.send(Inventory(message.call, holds, self.home.fetching()))
+            elif isinstance(message, TellCounts):
+                if link.peer_id in self.members:
+                    self.members[link.peer_id].counts = message
             else:
                 await self.home.handle(link, message)
 
@@ -402,6 +418,17 @@ class Fleet:
 
         link.heard = trio.current_time()  # asked once per silence
         self.spawn(ask)
+
+    async def _tell_counts(self) -> None:
+        """What the processes of this runner have counted goes to every member, when it has changed."""
+        while True:
+            await trio.sleep(COUNTS_SECONDS)
+            runner, counts = await self.in_worker(lambda: (self._ledger.runner(), self._ledger.read(self._began)))
+            self.counts = TellCounts(runner, {name: n for name, n in total(counts).items() if n})
+            for member in list(self.members.values()):
+                if member.told_counts != self.counts:
+                    member.told_counts = self.counts
+                    self.spawn(member.link.send, self.counts)
 
     async def _show_out_strangers(self) -> None:
         """Who is connected but was not admitted in time is disconnected."""

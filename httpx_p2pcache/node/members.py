@@ -21,6 +21,7 @@ from httpx_p2pcache.node.protocol import (
     Introduce,
     Message,
     Ping,
+    TellCounts,
     pack,
     read_frame,
     unpack,
@@ -204,6 +205,8 @@ class Member:
     rtt: float | None = None
     ready: bool = False  # it knows the others, and is home to its keys
     takes: int = 0  # bytes of the largest body that it stores
+    counts: TellCounts | None = None  # what its runner has counted
+    told_counts: TellCounts | None = None  # what we have told it of ours
     suspect: bool = False  # it has not answered in time: not asked again until it is heard of
 
     @property

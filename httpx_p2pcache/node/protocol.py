@@ -160,6 +160,13 @@ class TellQuota(Frame):
     quota: Quota
 
 
+class TellCounts(Frame):
+    """What the processes of my runner have counted since my node started; the runner by its name."""
+
+    runner: Annotated[str, Meta(max_length=64)]
+    counts: Annotated[dict[Annotated[str, Meta(max_length=40)], Annotated[int, Meta(ge=0)]], Meta(max_length=100)]
+
+
 class Done(Frame):
     call: Call
 
@@ -183,6 +190,7 @@ Message = (
     | Release
     | Invalidate
     | TellQuota
+    | TellCounts
     | Done
     | Ping
 )

@@ -13,7 +13,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -267,10 +267,22 @@ def from_har(path: Path, count: int | None = None) -> dict[str, Resource]:
 
     Raises ValueError if the file is not one.
     """
+    found: dict[str, Resource] = {}
+    for target, resource in _recorded(path):
+        found.setdefault(target, resource)
+        if count is not None and len(found) == count:
+            break
+    return found
+
+
+def targets_of(path: Path) -> list[str]:
+    """The request targets of a HAR file's 200s as they were asked for, repeats included. Raises ValueError."""
+    return [target for target, _ in _recorded(path)]
+
+
+def _recorded(path: Path) -> Iterator[tuple[str, Resource]]:
     try:
-        entries = json.loads(path.read_bytes())["log"]["entries"]
-        found: dict[str, Resource] = {}
-        for entry in entries:
+        for entry in json.loads(path.read_bytes())["log"]["entries"]:
             request, response = entry["request"], entry["response"]
             text = response["content"].get("text")
             if request["method"] != "GET" or response["status"] != 200 or not text:
@@ -280,9 +292,6 @@ def from_har(path: Path, count: int | None = None) -> dict[str, Resource]:
             parts = urlsplit(request["url"])
             target = parts.path + (f"?{parts.query}" if parts.query else "")
             kind = response["content"].get("mimeType") or "application/json"
-            found.setdefault(target, Resource(text.encode(), fields={"Content-Type": kind}))
-            if count is not None and len(found) == count:
-                break
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as exc:
+            yield target, Resource(text.encode(), fields={"Content-Type": kind})
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as exc:
         raise ValueError(f"{path} is not an HTTP Archive (HAR 1.2): {type(exc).__name__}") from exc
-    return found

@@ -147,6 +147,7 @@ def test_five_processes_that_ask_for_the_same_urls_in_the_same_order_pay_about_o
     plan = demo.Plan(
         runners=5,
         resources=made_up(40),
+        targets=list(made_up(40)),
         latency=0.08,
         own_tokens=False,
         stagger=0.0,
@@ -163,6 +164,7 @@ def test_when_one_of_four_is_killed_in_the_middle_the_others_get_every_answer_ri
     plan = demo.Plan(
         runners=4,
         resources=made_up(40),
+        targets=list(made_up(40)),
         latency=0.08,
         own_tokens=False,
         stagger=0.0,

@@ -254,4 +254,5 @@ class _Reading:
 def _lasting(state: State) -> object:
     """What of a state is worth telling when it changes: round trips and times change all the while."""
     peers: Any = state.status.get("peers") or ()
-    return state.status.get("peer_id"), state.status.get("addresses"), sorted(str(p["peer_id"]) for p in peers)
+    lasting = sorted(str(peer["peer_id"]) for peer in peers)
+    return state.status.get("peer_id"), state.status.get("addresses"), lasting, state.status.get("runners")

@@ -1,0 +1,34 @@
+"""The peers that may be there, without joining: what the registry and the settings say, and whom the daemon knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import base58
+
+from httpx_p2pcache.entries import Keyring
+from httpx_p2pcache.node.discovery.registry import Registry
+from httpx_p2pcache.settings import Settings
+
+
+def discovered(settings: Settings, status: dict[str, Any] | None) -> list[dict[str, str]]:
+    """Each as ``multiaddr``, ``peer_id`` and ``how``; never the daemon itself."""
+    found: dict[str, dict[str, str]] = {}
+
+    def add(peer_id: str, addresses: list[str], how: str) -> None:
+        for address in addresses:
+            multiaddr = f"{address}/p2p/{peer_id}"
+            found.setdefault(multiaddr, {"multiaddr": multiaddr, "peer_id": peer_id, "how": how})
+
+    for peer in status["peers"] if status else ():
+        add(peer["peer_id"], peer["addresses"], peer["how"])
+    if settings.shared_secret:
+        keyring = Keyring(settings.shared_secret.encode(), settings.fleet)
+        registry = Registry(settings.peer_registry or settings.dir / "peers", keyring, settings.peer_ttl)
+        for sighting in registry.find():
+            add(base58.b58encode(sighting.peer_id).decode(), list(sighting.addresses), "registry")
+    for text in settings.bootstrap_peers:
+        address, _, peer_id = text.rpartition("/p2p/")
+        add(peer_id, [address], "bootstrap")
+    own = status and status["peer_id"]
+    return [peer for peer in found.values() if peer["peer_id"] != own]

@@ -1,0 +1,92 @@
+"""How results are shown: tables on a terminal, aligned columns in a pipe, JSON for scripts; and how commands fail."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta, timezone
+from typing import Annotated, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from httpx_p2pcache.exceptions import SettingsError
+from httpx_p2pcache.settings import Settings
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_MARKUP = re.compile(r"\[/?[a-z ]*\]")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "", *, numbers: bool = True) -> None:
+    """Rows under named columns; ``numbers``: all columns but the first are aligned to the right.
+
+    Cells may have rich's markup, which a pipe does not get.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        shown = Table(title=title or None)
+        for number, column in enumerate(columns):
+            shown.add_column(column, justify="right" if numbers and number else "left")
+        for row in cells:
+            shown.add_row(*row)
+        Console().print(shown)
+        return
+    plain = [[_MARKUP.sub("", cell) for cell in row] for row in [list(columns), *cells]]
+    widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
+    if title:
+        print(title)
+    for row in plain:
+        padded = [
+            cell.rjust(width) if numbers and number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(padded).rstrip())
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> None:
+    """Names and what is so, a line each."""
+    for name, text in rows:
+        print(f"{name + ':':14} {text}")
+
+
+def print_json(value: object) -> None:
+    print(msgspec.json.format(msgspec.json.encode(value)).decode())
+
+
+def fail(text: str, status: int = 1) -> NoReturn:
+    """Say what is wrong on standard error, and exit."""
+    print(f"p2pcache: {text}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def settings_or_exit() -> Settings:
+    """The environment's settings; a bad one ends the command with status 2."""
+    try:
+        return Settings.from_env()
+    except SettingsError as exc:
+        fail(str(exc), 2)
+
+
+def short(peer_id: str) -> str:
+    """A peer ID as far as people compare it: its end."""
+    return f"…{peer_id[-8:]}"
+
+
+def amount(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def ago(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def clock(at: float) -> str:
+    return datetime.fromtimestamp(at, timezone.utc).strftime("%H:%M")

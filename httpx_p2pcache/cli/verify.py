@@ -1,0 +1,167 @@
+"""``p2pcache verify``: is everything there that sharing needs? Each line says yes, or what to do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import secrets
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import typer
+
+from httpx_p2pcache.cli.show import Json, print_json
+from httpx_p2pcache.daemon import life
+from httpx_p2pcache.exceptions import SettingsError
+from httpx_p2pcache.settings import Settings
+from httpx_p2pcache.testing import Origin, made_up
+from httpx_p2pcache.transport import P2PCacheTransport
+
+app = typer.Typer()
+
+JOIN_SECONDS = 30.0
+SHORT_SECRET = 16  # characters: a GitHub token has 40 and more
+
+
+class Check(msgspec.Struct):
+    """One line. ``right`` is None for what need not be."""
+
+    about: str
+    right: bool | None
+    said: str
+
+
+@app.command()
+def verify(as_json: Json = False) -> None:
+    """Check settings, secret, port, store, registry, peers, and a round trip through a second node started for it.
+
+    Exit status 0: sharing works here; 1: a line is marked ✗, and says what to do.
+    """
+    checks = []
+    for check in _checks():
+        checks.append(check)
+        if not as_json:
+            mark = {True: "✓", False: "✗", None: "-"}[check.right]
+            print(f"{mark} {check.about}: {check.said}", flush=True)
+    if as_json:
+        print_json(checks)
+    raise typer.Exit(0 if all(check.right is not False for check in checks) else 1)
+
+
+def _checks() -> Iterator[Check]:
+    try:
+        settings = Settings.from_env()
+    except SettingsError as exc:
+        yield Check("settings", False, str(exc))
+        return
+    yield Check("settings", True, f"read; the fleet is {settings.fleet!r}")
+    yield _secret(settings)
+    if not settings.enable_p2p:
+        yield Check("sharing", False, "is off: CACHE_ENABLE_P2P=true")
+    yield _libp2p()
+    yield from _directory("store", settings.dir, "CACHE_DIR")
+    yield from _directory("registry", settings.peer_registry or settings.dir / "peers", "CACHE_PEER_REGISTRY")
+    with life.Remote(settings.dir) as remote:
+        status = remote.get("/status")
+    yield _port(settings, status)
+    yield _peers(status)
+    try:
+        yield _round_trip()
+    except Exception as exc:  # whatever it is, it is what the user wants to know
+        yield Check("round trip", False, f"through a second node failed: {type(exc).__name__}: {exc}")
+
+
+def _secret(settings: Settings) -> Check:
+    if not settings.shared_secret:
+        return Check(
+            "secret", False, "there is none: set CACHE_SHARED_SECRET (or GITHUB_TOKEN) to the same for all runners"
+        )
+    if "CACHE_SHARED_SECRET" not in os.environ and os.environ.get("GITHUB_ACTIONS") == "true":
+        return Check("secret", False, "is GITHUB_TOKEN, which differs from job to job: set CACHE_SHARED_SECRET")
+    if len(settings.shared_secret) < SHORT_SECRET:
+        return Check("secret", False, "can be guessed: take 32 random characters, as from `openssl rand -hex 16`")
+    return Check("secret", True, f"{len(settings.shared_secret)} characters")
+
+
+def _libp2p() -> Check:
+    try:
+        return Check("libp2p", True, importlib.metadata.version("libp2p"))
+    except importlib.metadata.PackageNotFoundError:
+        return Check("libp2p", False, "is not installed: pip install 'httpx-p2pcache[p2p]'")
+
+
+def _directory(about: str, path: Path, variable: str) -> Iterator[Check]:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as exc:
+        yield Check(about, False, f"{path} cannot be written ({exc.strerror}): set {variable}")
+    else:
+        yield Check(about, True, f"{path} can be written")
+
+
+def _port(settings: Settings, status: dict[str, Any] | None) -> Check:
+    if status is not None:
+        return Check("port", True, f"the daemon listens on {', '.join(status['addresses']) or 'none yet'}")
+    family = socket.AF_INET6 if ":" in settings.listen_host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.bind((settings.listen_host, settings.listen_port))
+    except OSError as exc:
+        said = f"{settings.listen_port} is taken ({exc.strerror}): the next free one will be announced"
+        return Check("port", None, said)
+    return Check("port", True, f"{settings.listen_port} is free")
+
+
+def _peers(status: dict[str, Any] | None) -> Check:
+    if status is None:
+        return Check("peers", None, "no daemon runs, so none are connected: p2pcache init starts one")
+    count = status["connected_peers"]
+    if count:
+        return Check("peers", True, f"{count} connected")
+    return Check("peers", None, 'none are connected yet: docs/troubleshooting.md, "No peers"')
+
+
+def _round_trip() -> Check:
+    """Two nodes of a fleet of their own: what one has fetched, the other gets from it."""
+    secret, name = secrets.token_hex(16), f"verify-{secrets.token_hex(4)}"
+    with tempfile.TemporaryDirectory(prefix="p2pcache-verify-") as scratch, Origin(made_up(1)) as origin:
+
+        def node(number: int) -> P2PCacheTransport:
+            return P2PCacheTransport(
+                settings=Settings(
+                    dir=Path(scratch) / str(number),
+                    peer_registry=Path(scratch) / "peers",
+                    shared_secret=secret,
+                    fleet=name,
+                    listen_host="127.0.0.1",
+                    listen_port=0,
+                    node="embedded",
+                )
+            )
+
+        url = origin.url + next(iter(origin.resources))
+        first, second = node(1), node(2)
+        with httpx.Client(transport=first, trust_env=False) as one, httpx.Client(transport=second) as two:
+            if not all(transport.wait_until_joined(JOIN_SECONDS) for transport in (first, second)):
+                return Check("round trip", False, "the nodes did not start: see the warnings above")
+            _until(lambda: first.stats()["connected_peers"] == 1 == second.stats()["connected_peers"])
+            body = one.get(url).content
+            answer = two.get(url)
+    source = answer.extensions["caching"]["source"]
+    if source != "peer" or answer.content != body:
+        return Check("round trip", False, f"the second node got it from {source}: is this machine very busy?")
+    return Check("round trip", True, "what one node fetched, a second got from it, sealed, over libp2p")
+
+
+def _until(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + JOIN_SECONDS
+    while not true() and time.monotonic() < until:
+        time.sleep(0.05)
