@@ -367,7 +367,9 @@ class Fleet:
                 await self._somebody_ready.wait()
 
     def _is_ready(self, member: Member) -> None:
-        member.ready = True
+        if not member.ready:
+            member.ready = True
+            self._ask_whether_there(member)  # how far it is
         self._somebody_ready.set()
         self._somebody_ready = trio.Event()
 

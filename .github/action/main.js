@@ -1,0 +1,63 @@
+'use strict'
+// Installs the package, starts this runner's daemon, and exports what later steps need.
+// A cache can only save calls: whatever goes wrong here is a warning, and the job goes on without it.
+
+const path = require('node:path')
+const fs = require('node:fs')
+const { exportVariable, input, mask, run, saveState, say, setOutput, warn } = require('./runner.js')
+
+const VARIABLES = {
+  secret: 'CACHE_SHARED_SECRET',
+  fleet: 'CACHE_FLEET',
+  port: 'CACHE_LISTEN_PORT',
+  'bootstrap-peers': 'CACHE_BOOTSTRAP_PEERS',
+  'peer-registry': 'CACHE_PEER_REGISTRY',
+  'cache-dir': 'CACHE_DIR'
+}
+
+function install (python) {
+  const wanted = input('install')
+  if (wanted === 'false') return true
+  const here = path.resolve(__dirname, '..', '..')
+  if (process.platform === 'linux' && run('cc', ['-E', '-'], { input: '#include <gmp.h>\n' }).status !== 0) {
+    // libp2p is built with GMP; hosted runners let us install its headers.
+    run('sudo', ['-n', 'apt-get', 'install', '-y', '-qq', 'gcc', 'libgmp-dev'])
+  }
+  const done = run(python, ['-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', wanted || `${here}[p2p,cli]`])
+  if (done.status !== 0) warn(`pip could not install it: ${done.stderr.trim().split('\n').pop()}`)
+  return done.status === 0
+}
+
+function routeGh (door) {
+  const before = run('gh', ['config', 'get', 'http_unix_socket']).stdout.trim()
+  const done = run('gh', ['config', 'set', 'http_unix_socket', door])
+  if (done.status === 0) saveState('gh', JSON.stringify({ before }))
+  else warn(`gh could not be told of the cache: ${done.stderr.trim()}`)
+}
+
+function main () {
+  mask(input('secret'))
+  for (const [name, variable] of Object.entries(VARIABLES)) {
+    if (input(name)) exportVariable(variable, input(name))
+  }
+  exportVariable('CACHE_ENABLE_P2P', 'true')
+  const python = input('python') || 'python3'
+  saveState('python', python)
+  if (!install(python)) return
+  const done = run(python, ['-m', 'httpx_p2pcache.cli', 'init', '--json', '--wait', input('wait') || '10'])
+  if (done.status !== 0) return warn(`the daemon did not start: ${done.stderr.trim()}`)
+  const status = JSON.parse(done.stdout)
+  saveState('running', status.started ? 'ours' : 'found')
+  exportVariable('CACHE_DIR', fs.realpathSync(status.cache_dir))
+  setOutput('peer_id', status.peer_id || '')
+  setOutput('peer_multiaddr', status.addresses.length ? `${status.addresses[0]}/p2p/${status.peer_id}` : '')
+  setOutput('door', status.door)
+  if (input('gh') === 'true') routeGh(status.door)
+  say(`sharing as ${status.peer_id} with ${status.connected_peers} peers; the door is ${status.door}`)
+}
+
+try {
+  main()
+} catch (error) {
+  warn(`the cache is not used: ${error.message}`)
+}

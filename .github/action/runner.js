@@ -1,0 +1,39 @@
+'use strict'
+// What an action says to its runner: the environment files, and commands on standard output. No dependencies.
+
+const crypto = require('node:crypto')
+const fs = require('node:fs')
+const { spawnSync } = require('node:child_process')
+
+function input (name) {
+  return (process.env[`INPUT_${name.replace(/ /g, '_').toUpperCase()}`] || '').trim()
+}
+
+function append (file, name, value) {
+  const path = process.env[file]
+  if (!path) return
+  // A value may have any lines: what ends it is not to be guessed.
+  const end = `end-${crypto.randomUUID()}`
+  fs.appendFileSync(path, `${name}<<${end}\n${value}\n${end}\n`)
+}
+
+const escaped = (text) => String(text).replace(/%/g, '%25').replace(/\r/g, '%0D').replace(/\n/g, '%0A')
+
+module.exports = {
+  input,
+  exportVariable (name, value) {
+    process.env[name] = value
+    append('GITHUB_ENV', name, value)
+  },
+  setOutput: (name, value) => append('GITHUB_OUTPUT', name, value),
+  saveState: (name, value) => append('GITHUB_STATE', name, value),
+  state: (name) => process.env[`STATE_${name}`] || '',
+  mask: (value) => { if (value) process.stdout.write(`::add-mask::${escaped(value)}\n`) },
+  warn: (text) => process.stdout.write(`::warning title=httpx-p2pcache::${escaped(text)}\n`),
+  say: (text) => process.stdout.write(`${text}\n`),
+  // Never throws: { status, stdout, stderr }
+  run (command, args, options = {}) {
+    const done = spawnSync(command, args, { encoding: 'utf8', timeout: 600000, ...options })
+    return { status: done.error ? 127 : done.status, stdout: done.stdout || '', stderr: done.error ? String(done.error) : done.stderr || '' }
+  }
+}
