@@ -300,7 +300,10 @@ class Lookup:
             # This identity may not see it, or it is gone: nothing older is served stale afterwards.
             yield Run(partial(exchange.store.refuse, self.key, self.identity, since=sent))
         keep = None
-        if isinstance(state, hishel.StoreAndUse) and not _too_large(reply, exchange.settings.max_body_size):
+        # GitHub's 202 says "not yet", with a lifetime; whoever asks again wants to know whether it is there now.
+        waiting = reply.status == 202 and exchange.github.follows(self.request.url)
+        storable = isinstance(state, hishel.StoreAndUse) and not waiting
+        if storable and not _too_large(reply, exchange.settings.max_body_size):
             keep = Keep(self, reply, sent, lease)
         else:
             lease.settle(Verdict.FAILED if reply.status >= 500 else Verdict.UNSTORABLE)

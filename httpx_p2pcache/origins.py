@@ -6,22 +6,23 @@ import os
 import ssl
 import threading
 from concurrent.futures import Future
-
-import httpx
-
-# Not public, and pinned by the dependency on httpx < 0.29: nothing else knows what NO_PROXY means to httpx.
-from httpx._utils import URLPattern, get_environment_proxies
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 
 class Origins:
-    """httpx's own transports, made when first needed: direct, and one per proxy of the environment.
+    """The library's own transports, made when first needed: direct, and one per proxy of the environment.
 
-    An httpx client that is given a transport does not look at ``HTTP_PROXY`` and its kin; so we do. Loading the SSL
-    context takes 130 ms in which no other thread of the process runs, the node's included: with ``at_once`` it begins
-    now, else with the first request that needs it, which where peers are there already may never come.
+    A client of httpx, or httpx2, that is given a transport does not look at ``HTTP_PROXY`` and its kin; so we do.
+    Loading the SSL context takes 130 ms in which no other thread of the process runs, the node's included: with
+    ``at_once`` it begins now, else with the first request that needs it, which where peers are there may never come.
     """
 
-    def __init__(self, *, at_once: bool) -> None:
+    def __init__(self, library: ModuleType, *, at_once: bool) -> None:
+        self._library: Any = library
+        # Not public, and pinned with the library: nothing else knows what NO_PROXY means to it.
+        self._utils: Any = import_module(f"{library.__name__}._utils")
         self._begin(at_once=at_once)
 
     def _begin_anew_after_fork(self) -> None:
@@ -32,8 +33,8 @@ class Origins:
     def _begin(self, *, at_once: bool = True) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._sync: dict[str | None, httpx.HTTPTransport] = {}
-        self._async: dict[str | None, httpx.AsyncHTTPTransport] = {}
+        self._sync: dict[str | None, Any] = {}
+        self._async: dict[str | None, Any] = {}
         self._context: Future[ssl.SSLContext] = Future()
         self._loader = threading.Thread(target=self._load, name="p2pcache-ssl", daemon=True)
         if at_once:
@@ -46,26 +47,27 @@ class Origins:
 
     def _load(self) -> None:
         try:
-            import httpcore  # noqa: F401 - httpx imports it with its first transport, in the middle of a first request
+            # It would be imported with the first transport, in the middle of a first request.
+            import_module(self._library.__name__.replace("httpx", "httpcore"))
 
-            self._context.set_result(httpx.create_ssl_context())
+            self._context.set_result(self._library.create_ssl_context())
         except Exception as exc:  # a bad SSL_CERT_FILE: raised at the first request, as httpx would
             self._context.set_exception(exc)
 
-    def sync_for(self, url: httpx.URL) -> httpx.HTTPTransport:
-        proxy = _proxy_for(url)
+    def sync_for(self, url: Any) -> Any:
+        proxy = self._proxy_for(url)
         self._begin_anew_after_fork()
         with self._lock:
             if proxy not in self._sync:
-                self._sync[proxy] = httpx.HTTPTransport(verify=self._loaded(), proxy=proxy)
+                self._sync[proxy] = self._library.HTTPTransport(verify=self._loaded(), proxy=proxy)
             return self._sync[proxy]
 
-    def async_for(self, url: httpx.URL) -> httpx.AsyncHTTPTransport:
-        proxy = _proxy_for(url)
+    def async_for(self, url: Any) -> Any:
+        proxy = self._proxy_for(url)
         self._begin_anew_after_fork()
         with self._lock:
             if proxy not in self._async:
-                self._async[proxy] = httpx.AsyncHTTPTransport(verify=self._loaded(), proxy=proxy)
+                self._async[proxy] = self._library.AsyncHTTPTransport(verify=self._loaded(), proxy=proxy)
             return self._async[proxy]
 
     def close(self) -> None:
@@ -76,9 +78,8 @@ class Origins:
         for transport in self._async.values():
             await transport.aclose()
 
-
-def _proxy_for(url: httpx.URL) -> str | None:
-    """The proxy that httpx would take from the environment; None: none."""
-    proxies = get_environment_proxies()
-    patterns = sorted((URLPattern(key), proxy) for key, proxy in proxies.items())
-    return next((proxy for pattern, proxy in patterns if pattern.matches(url)), None)
+    def _proxy_for(self, url: Any) -> str | None:
+        """The proxy that the library would take from the environment; None: none."""
+        proxies = self._utils.get_environment_proxies()
+        patterns = sorted((self._utils.URLPattern(key), proxy) for key, proxy in proxies.items())
+        return next((proxy for pattern, proxy in patterns if pattern.matches(url)), None)

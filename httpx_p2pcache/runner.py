@@ -9,12 +9,14 @@ import atexit
 import logging
 import os
 import threading
+from collections.abc import Callable
 
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exchange import Exchange
 from httpx_p2pcache.github import GitHub
 from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.network import NoPeers, PeerNetwork
+from httpx_p2pcache.pump import wait_for
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats, aggregate, summary
@@ -22,10 +24,50 @@ from httpx_p2pcache.store import Store, local_secret
 
 logger = logging.getLogger("httpx_p2pcache")
 
+CLOSE_SECONDS = 1.0  # what a revalidation in the background may hold up close()
+
 _lock = threading.Lock()
 _running: dict[Settings, tuple[Exchange, int]] = {}
 _finished = Stats()  # what closed runners of this process have counted
 _said: set[str] = set()
+
+
+class Usage:
+    """One client's part in its runner: given back once, with the work that outlives an answer."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.exchange = acquire(settings)
+        self._lock = threading.Lock()
+        self._released = False
+        self._background: set[threading.Thread] = set()
+
+    def wait_until_joined(self, timeout: float) -> bool:
+        """Whether the node has reached the peers it knows, within ``timeout`` seconds."""
+        wait_for(self.exchange.network.joined(), timeout)
+        return self.exchange.network.active
+
+    def in_background(self, func: Callable[[], None]) -> None:
+        """Call ``func`` in a thread of its own; nobody hears of its failure, and ``close`` waits for it a moment."""
+
+        def run() -> None:
+            try:
+                func()
+            except Exception as exc:
+                logger.debug("a revalidation in the background has failed: %s", type(exc).__name__)
+            finally:
+                self._background.discard(threading.current_thread())
+
+        worker = threading.Thread(target=run, name="p2pcache-revalidate", daemon=True)
+        self._background.add(worker)
+        worker.start()
+
+    def close(self) -> None:
+        """Give it back; idempotent. Returns within two seconds."""
+        for worker in list(self._background):
+            worker.join(CLOSE_SECONDS)
+        with self._lock:
+            released, self._released = self._released, True
+        release(self.exchange, again=released)
 
 
 def acquire(settings: Settings) -> Exchange:
