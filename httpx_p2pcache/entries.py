@@ -39,7 +39,7 @@ _CREDENTIAL_PARAMETERS = re.compile(
     re.IGNORECASE,
 )
 # Values of these fields may be stored and sent in clear; any other that Vary nominates becomes a keyed digest.
-_CLEAR_FIELDS = frozenset(
+CLEAR_FIELDS = frozenset(
     {
         "accept",
         "accept-charset",
@@ -185,7 +185,7 @@ class Keyring:
         if name in _UNORDERED_FIELDS:
             members = sorted({member.lower().replace(" ", "") for member in members} - {""})
         value = ", ".join(members)
-        if name in _CLEAR_FIELDS:
+        if name in CLEAR_FIELDS:
             return value
         return hmac.digest(self._identity, f"{name}:{value}".encode(), "sha256").hex()[:32]
 
