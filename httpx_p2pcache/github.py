@@ -88,14 +88,16 @@ class GitHub:
         """Whether the URL's host is one of ``CACHE_GITHUB_HOSTS``."""
         return urlsplit(url).netloc in self._hosts
 
-    def shares(self, method: str, url: str, headers: Headers) -> bool:
-        """Whether another identity's entry can help this request: its entity tag can be computed for ours."""
+    def pools(self, method: str, url: str) -> bool:
+        """Whether one fetch of a URL can help every identity, so that they wait for each other."""
         if not self._computed or method != "GET" or not self.follows(url):
-            return False
-        if _PRETTY_PRINTED.search(headers.get("user-agent", "")):
             return False
         place = urlsplit(url).netloc, family(url)
         return place[0] not in self._given_up and self._failed[place] <= self._held[place]
+
+    def shares(self, method: str, url: str, headers: Headers) -> bool:
+        """Whether another identity's entry can help this request: its entity tag can be computed for ours."""
+        return self.pools(method, url) and not _PRETTY_PRINTED.search(headers.get("user-agent", ""))
 
     def validator(self, headers: Headers, entry: Entry, memo: dict[object, object]) -> str | None:
         """The entity tag that GitHub would give ``entry``'s body for a request with these fields; None: not known.

@@ -46,7 +46,7 @@ class Keep:
             exchange.stats.add("stored")
             if exchange.github.follows(entry.url):
                 exchange.github.learn(self._lookup.request.headers, entry)
-            if self._lookup.shared and entry.status != 200:
+            if self._lookup.pooled and entry.status != 200:
                 self._lease.settle(Verdict.FAILED)  # true for this identity: the next one has to see for itself
             elif saved is not None and self._lookup.shareable(entry):
                 self._lease.publish(entry)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import hishel
 import msgspec
-from hishel import CacheOptions
+from hishel import CacheOptions, Headers
 
 from httpx_p2pcache.answers import Answer, Discard, Effect, Reply, Run, Wait, Way, caching
 from httpx_p2pcache.claims import Granted, Look, Verdict
@@ -80,6 +80,7 @@ class Lookup:
         self.key = cache_key(request.url)
         self.identity = exchange.keyring.identity(request)
         self.shown = machine_request(request)
+        self.pooled = exchange.github.pools(request.method, request.url)
         self.shared = exchange.github.shares(request.method, request.url, request.headers)
         self.held: list[Stored] = []  # what this identity may use, once it is fresh
         self.others: dict[uuid.UUID, tuple[Stored, str]] = {}  # what it may use once the origin has said 304 to a tag
@@ -88,7 +89,7 @@ class Lookup:
     def way(self, caller: Hashable) -> Way:
         exchange = self.exchange
         # Where every identity can use the answer in some way, the whole fleet waits for one fetch.
-        claim = claim_key(self.request, "" if self.shared else self.identity)
+        claim = claim_key(self.request, "" if self.pooled else self.identity)
         lease = Lease(exchange, self.key, claim)
         source = "local"
         try:
@@ -254,9 +255,13 @@ class Lookup:
             why = "request"
         while True:
             assert isinstance(state, (hishel.CacheMiss, hishel.NeedRevalidation))
-            added = {}
+            added: dict[str, str] = {}
+            respelt: str | None = None
             if isinstance(state, hishel.NeedRevalidation):
                 added = {n: state.request.headers[n] for n in state.request.headers if n.startswith("if-")}
+                respelt = self._respelt(state)
+                if respelt is not None:
+                    added["if-none-match"] += f", {respelt}"
                 if self.conditional:
                     added = combined(self.request.headers, added)
             sent = time.time()
@@ -284,7 +289,16 @@ class Lookup:
                     lease.settle(Verdict.ABANDONED)  # it is about the caller's copy: those who wait need one
                     return Answer(None, reply, f"fwd={why}; fwd-status=304", caching("origin"))
                 yield Discard()
-            state = state.next(machine_response(hishel.Response(reply.status, reply.headers)))
+            seen = hishel.Response(reply.status, reply.headers)
+            # The machine compares with the tag that it knows; the new one is stored with the other fields.
+            if (
+                isinstance(state, hishel.NeedRevalidation)
+                and respelt
+                and opaque(reply.headers.get("etag") or "") == opaque(respelt)
+            ):
+                known = {"etag": [str(self._stored(state.revalidating_entries[0]).entry.first("etag"))]}
+                seen = hishel.Response(reply.status, Headers({**_lists(reply.headers), **known}))
+            state = state.next(machine_response(seen))
             if isinstance(state, hishel.InvalidateEntries):
                 ours = [id_ for id_ in state.entry_ids if id_ not in self.others]
                 yield Run(partial(exchange.store.remove, self.key, ours))
@@ -312,12 +326,24 @@ class Lookup:
         )
         return Answer(None, reply, status, caching("origin", stored=keep is not None), keep)
 
+    def _respelt(self, state: hishel.NeedRevalidation) -> str | None:
+        """The tag of what is revalidated, if it was given to another spelling of the same credentials.
+
+        GitHub binds it to the whole field, ``token T`` or ``Bearer T``; to the one it sees now it is another.
+        """
+        shown = state.revalidating_entries[0]
+        if not self.shared or shown.id in self.others or "if-none-match" not in state.request.headers:
+            return None
+        stored = self._stored(shown)
+        etag = self.exchange.github.validator(self.request.headers, stored.entry, stored.memo)
+        return None if etag is None or opaque(etag) == opaque(stored.entry.first("etag") or "") else etag
+
     def _proves_ours(self, state: hishel.AnyState, reply: Reply) -> bool:
         """Whether a 304 is about what we hold, and not about the copy that the caller holds."""
         if not isinstance(state, hishel.NeedRevalidation):
             return False
         ours, named = state.request.headers.get("if-none-match"), reply.headers.get("etag")
-        return ours is None or named is None or opaque(named) == opaque(ours)
+        return ours is None or named is None or opaque(named) in (opaque(ours), opaque(self._respelt(state) or ours))
 
     def _compare_with_head(self, reply: Reply, sent: float) -> None:
         """A HEAD's 200 freshens the GET's entry that it agrees with, and removes one that it does not (§4.3.5)."""
@@ -436,6 +462,10 @@ class Lookup:
             return False
         # For one user, and we do not see which: a client certificate, or a transport below us, says who asks.
         return entry.identity != ANONYMOUS or "private" not in directives(entry.headers)
+
+
+def _lists(headers: Headers) -> dict[str, list[str]]:
+    return {name: headers.get_list(name) or [] for name in headers}
 
 
 def _failing(reply: Reply) -> bool:

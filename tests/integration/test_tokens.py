@@ -262,3 +262,15 @@ def test_an_origin_that_fails_gives_way_to_a_stale_entry(
     stale = fleet.get(0, TARGETS[0])
     assert (stale.status_code, stale.content) == (200, fresh.content)
     assert f"fwd=stale; fwd-status={status}; ttl=" in stale.headers["cache-status"]
+
+
+def test_a_token_in_either_spelling_is_one_user_and_revalidates_free(github: Origin, local: Settings) -> None:
+    target, now = TARGETS[0], {"Authorization": "Bearer one"}
+    github.resources[target].max_age = 0
+    settings = Settings(dir=local.dir, enable_p2p=False, github_hosts=(github.netloc,))
+    with httpx.Client(transport=P2PCacheTransport(settings=settings), base_url=github.url) as client:
+        client.get(target, headers={"Authorization": "token one"})
+        answer = client.get(target, headers=now)
+        again = client.get(target, headers=now)
+    assert [call.status for call in github.calls] == [200, 304, 304]
+    assert answer.content == again.content == github.resources[target].body
