@@ -9,17 +9,23 @@ import sys
 import time
 from typing import Any
 
-from benchmarks import faults, fleet, hit, start
+from benchmarks import daemon, faults, fleet, hit, start
 
-BENCHMARKS = {"hit": hit.run, "start": start.run, "fleet": fleet.run, "faults": faults.run}
+BENCHMARKS = {"hit": hit.run, "start": start.run, "fleet": fleet.run, "faults": faults.run, "daemon": daemon.run}
+LONG = {"soak": daemon.soak}  # only by name
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"which: {', '.join(BENCHMARKS)} (default: all of these), soak (ten minutes)",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     chosen = parser.parse_args()
-    unknown = set(chosen.names) - set(BENCHMARKS)
+    unknown = set(chosen.names) - {*BENCHMARKS, *LONG}
     if unknown:
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
     results: dict[str, Any] = {
@@ -28,7 +34,7 @@ def main() -> None:
     }
     for name in chosen.names or BENCHMARKS:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        results[name] = BENCHMARKS[name]()
+        results[name] = {**BENCHMARKS, **LONG}[name]()
     if chosen.json:
         print(json.dumps(results, indent=2))
         return

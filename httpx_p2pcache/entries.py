@@ -154,11 +154,12 @@ class Keyring:
     """
 
     def __init__(self, secret: bytes, fleet: str, *, one_user: bool = False) -> None:
-        from cryptography.hazmat.primitives.hashes import SHA256  # not at import time: it costs 20 ms
-        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+        # RFC 5869 §2.2 and §2.3 for one block. Not cryptography's HKDF, the same by test: a process that leaves sealing
+        # to its daemon need not import that, which costs 20 ms.
+        extracted = hmac.digest(fleet.encode() or bytes(32), secret, "sha256")
 
         def derive(purpose: bytes) -> bytes:
-            return HKDF(SHA256(), 32, salt=fleet.encode(), info=PROTOCOL + b" " + purpose).derive(secret)
+            return hmac.digest(extracted, PROTOCOL + b" " + purpose + b"\x01", "sha256")
 
         self._one_user = one_user
         self._identity = derive(b"identity")

@@ -4,6 +4,8 @@ import string
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hishel import Headers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -151,6 +153,13 @@ def test_members_of_one_fleet_agree_on_an_identity_and_of_another_do_not() -> No
     assert Keyring(b"secret", "repo").identity(request) == ours
     assert Keyring(b"secret", "other").identity(request) != ours
     assert Keyring(b"Secret", "repo").identity(request) != ours
+
+
+@given(st.binary(min_size=1, max_size=100), st.text(min_size=1, max_size=50))
+@few
+def test_keys_are_those_of_hkdf_sha256(secret: bytes, fleet: str) -> None:
+    made = HKDF(SHA256(), 32, salt=fleet.encode(), info=b"httpx-p2pcache/1 admission").derive(secret)
+    assert Keyring(secret, fleet).admission == made
 
 
 def test_each_key_of_a_fleet_is_another() -> None:
