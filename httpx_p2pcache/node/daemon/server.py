@@ -98,9 +98,11 @@ class Server:
         process = _Process(self._network, self._store, stream)
         try:
             async with trio.open_nursery() as nursery:
+                admitted = False
                 with trio.move_on_after(ATTACH_SECONDS):
-                    if not await self._admit(process, stream):
-                        return
+                    admitted = await self._admit(process, stream)
+                if not admitted:
+                    return
                 nursery.start_soon(process.write)
                 await process.read(self._largest + FRAME_OVERHEAD)
                 nursery.cancel_scope.cancel()
