@@ -197,6 +197,8 @@ class Keyring:
         members = [part.strip() for line in lines for part in _spelt(name, line).split(",")]
         if name in _UNORDERED_FIELDS:
             members = sorted({member.lower().replace(" ", "") for member in members} - {""})
+            if name == "accept" and not members:
+                members = ["*/*"]  # gh sends the field without a value, and means what others say by this
         value = ", ".join(members)
         if name in CLEAR_FIELDS:
             return value
@@ -248,5 +250,6 @@ def claim_key(request: Request, partition: str) -> bytes:
 
     Where every identity can use the answer the partition is "", so that the whole fleet waits for one fetch.
     """
-    parts = [request.method, request.url, partition, *(request.headers.get(name) or "" for name in _CLAIM_FIELDS)]
+    asked = (request.headers.get(name) or ("*/*" if name == "accept" else "") for name in _CLAIM_FIELDS)
+    parts = [request.method, request.url, partition, *asked]
     return hashlib.sha256(PROTOCOL + b" claim " + repr(parts).encode()).digest()[:16]

@@ -201,8 +201,13 @@ def test_a_field_not_known_to_be_harmless_is_kept_as_a_digest_bound_to_its_name(
 
 
 def test_an_absent_field_differs_from_an_empty_one() -> None:
-    assert KEYRING.selecting_value(Headers({}), "accept") is None
-    assert KEYRING.selecting_value(Headers({"accept": ""}), "accept") == ""
+    assert KEYRING.selecting_value(Headers({}), "accept-language") is None
+    assert KEYRING.selecting_value(Headers({"accept-language": ""}), "accept-language") == ""
+
+
+def test_an_accept_without_a_value_takes_anything() -> None:
+    assert KEYRING.selecting_value(Headers({"accept": ""}), "accept") == "*/*"
+    assert KEYRING.selecting_value(Headers({}), "accept") is None  # RFC 9111 §4.1: absent matches absent alone
 
 
 @pytest.mark.parametrize(
