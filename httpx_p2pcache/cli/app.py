@@ -5,17 +5,16 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from httpx_p2pcache import __version__
 from httpx_p2pcache.cli import fetch, figures, nodes, verify
-from httpx_p2pcache.cli.demo import Outcome, Plan, demonstrate
 from httpx_p2pcache.cli.show import Json, fail, print_json, table
-from httpx_p2pcache.testing import from_har, made_up, targets_of
+
+if TYPE_CHECKING:
+    from httpx_p2pcache.cli.demo import Outcome, Plan
 
 app = typer.Typer(
     help="An HTTP cache that a fleet of machines shares without a server.",
@@ -73,6 +72,9 @@ def demo(
     Starts a stand-in for GitHub's API on this machine and real runner processes, first without sharing and then with
     it. Exit status 0: every answer was byte for byte the origin's; 1: one was not; 2: it could not be run.
     """
+    from httpx_p2pcache.cli.demo import Plan
+    from httpx_p2pcache.testing import from_har, made_up
+
     try:
         resources = made_up(urls) if har is None else from_har(har, urls)
     except ValueError as exc:
@@ -108,6 +110,9 @@ def replay(
     Each runner makes the file's GETs that were answered with 200, in the recorded order with all repeats, as fast as
     it can, against a stand-in that serves what was recorded; nothing goes to the true origin. Exit status as of demo.
     """
+    from httpx_p2pcache.cli.demo import Plan
+    from httpx_p2pcache.testing import from_har, targets_of
+
     try:
         resources, targets = from_har(file), targets_of(file)
     except ValueError as exc:
@@ -138,6 +143,8 @@ def replay(
 
 
 def _demonstrated(plan: Plan, command: str) -> Outcome:
+    from httpx_p2pcache.cli.demo import demonstrate
+
     try:
         with _Bars(plan.runners, len(plan.targets)) as bars:
             return demonstrate(plan, bars.advance)
@@ -149,8 +156,11 @@ class _Bars:
     """Live progress on a terminal's standard error; nothing in a pipe."""
 
     def __init__(self, runners: int, urls: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._progress: Any = Progress(*columns, console=Console(stderr=True), transient=True)
         self._runners, self._urls = runners, urls
         self._tasks: dict[tuple[str, int], int] = {}
 
@@ -168,7 +178,7 @@ class _Bars:
         if task is None:
             task = self._progress.add_task(f"{name}, runner {runner + 1}", total=self._urls)
             self._tasks[name, runner] = task
-        self._progress.update(task, completed=done)  # type: ignore[arg-type] # TaskID is an int
+        self._progress.update(task, completed=done)
 
 
 def _show(outcome: Outcome) -> None:

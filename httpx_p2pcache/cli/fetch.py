@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any, List, Optional  # noqa: UP035 - Typer reads them on Python 3.10 as well
+from typing import TYPE_CHECKING, Annotated, Any, List, Optional  # noqa: UP035 - Typer reads them on Python 3.10 as well
 from urllib.parse import urlsplit
 
-import httpx
 import msgspec
 import typer
 
 from httpx_p2pcache.cli.show import fail, settings_or_exit
-from httpx_p2pcache.node.daemon.paths import node_socket
 from httpx_p2pcache.settings import Settings
-from httpx_p2pcache.transport import P2PCacheTransport
+from httpx_p2pcache.sockets import node_socket
+
+if TYPE_CHECKING:
+    import httpx
 
 app = typer.Typer()
 
@@ -38,6 +39,10 @@ def get(
     GH_TOKEN or GITHUB_TOKEN is sent to the hosts in CACHE_GITHUB_HOSTS. Uses this runner's daemon if it runs, else its
     store alone. Exit status 0; 1: the origin answered with an error (400 and above); 2: it could not be asked.
     """
+    import httpx  # this and the next take longer than all that other commands do
+
+    from httpx_p2pcache.transport import P2PCacheTransport
+
     settings = settings_or_exit()
     origins = settings.origins()
     if url.startswith("/") and origins:

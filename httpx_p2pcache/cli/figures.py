@@ -8,15 +8,11 @@ from typing import Annotated, Any, Optional
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from httpx_p2pcache.cli.show import Json, amount, facts, fail, print_json, settings_or_exit, table
 from httpx_p2pcache.daemon import life
 from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.report import report
-from httpx_p2pcache.store import Store
 
 app = typer.Typer()
 
@@ -46,8 +42,7 @@ def stats(
     def look() -> dict[str, Any]:
         if not fleet:
             return report(ledger, 0.0 if since is None else time.time() - since * 60)
-        with life.Remote(settings.dir) as remote:
-            status = remote.get("/status")
+        status = life.Remote(settings.dir).get("/status")
         if status is None:
             fail(f"no daemon runs in {settings.dir}, and only it knows the fleet: p2pcache init starts one")
         return {"total": status["aggregate"], "endpoints": [], "minutes": []}
@@ -69,8 +64,7 @@ def summary(since: Since = None) -> None:
     Of what was counted since the daemon started; without one, of all.
     """
     settings = settings_or_exit()
-    with life.Remote(settings.dir) as remote:
-        status = remote.get("/status")
+    status = life.Remote(settings.dir).get("/status")
     began = status["since"] if status else 0.0
     found = report(Ledger(settings.dir), began if since is None else time.time() - since * 60)
     print(as_markdown(found, peers=status["connected_peers"] if status else None))
@@ -82,6 +76,8 @@ def clear(
     as_json: Json = False,
 ) -> None:
     """Remove every entry from this runner's store; processes that use it go on. Exit status 0; 2: it cannot be."""
+    from httpx_p2pcache.store import Store  # imports hishel, which the other commands here do without
+
     settings = settings_or_exit()
     store = Store(settings.dir, max_size=settings.max_size, default_ttl=settings.default_ttl)
     try:
@@ -136,6 +132,10 @@ def _watch(look: Any, as_json: bool) -> None:
             while True:
                 print(msgspec.json.encode({"at": time.time(), **look()["total"]}).decode(), flush=True)
                 time.sleep(WATCH_SECONDS)
+        from rich.console import Console
+        from rich.live import Live
+        from rich.table import Table
+
         with Live(console=Console(), refresh_per_second=4) as live:
             while True:
                 shown = Table(show_header=False, title="what this runner has counted (Ctrl-C ends)")

@@ -79,8 +79,7 @@ def stop(as_json: Json = False) -> None:
 def _running(as_json: bool) -> dict[str, Any]:
     """The daemon's status; without one the command ends with status 1."""
     settings = settings_or_exit()
-    with life.Remote(settings.dir) as remote:
-        status: dict[str, Any] | None = remote.get("/status")
+    status: dict[str, Any] | None = life.Remote(settings.dir).get("/status")
     if status is None:
         if as_json:
             print_json({"running": False})
@@ -97,11 +96,10 @@ def status(
     """Show this runner's daemon. Exit status 0: it runs; 1: none does."""
     found = _running(as_json)
     if web:
-        with life.Remote(settings_or_exit().dir) as remote:
-            opened = remote.post("/open")
-        if opened is None or opened.status_code != 200:
+        told, opened = life.Remote(settings_or_exit().dir).post("/open")
+        if told != 200:
             fail("the page cannot be opened")
-        url = f"{opened.json()['url']}/p2pcache/"
+        url = f"{opened['url']}/p2pcache/"
         print_json({"page": url}) if as_json else print(url)
         return
     if as_json:
@@ -168,8 +166,7 @@ def discover(
     from httpx_p2pcache.cli.discovered import discovered
 
     settings = settings_or_exit()
-    with life.Remote(settings.dir) as remote:
-        status = remote.get("/status")
+    status = life.Remote(settings.dir).get("/status")
     found = discovered(settings, status)[:most]
     if as_json:
         print_json(found)

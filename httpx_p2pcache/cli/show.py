@@ -10,8 +10,6 @@ from typing import Annotated, NoReturn
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from httpx_p2pcache.exceptions import SettingsError
 from httpx_p2pcache.settings import Settings
@@ -27,6 +25,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str =
     """
     cells = [[str(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
         shown = Table(title=title or None)
         for number, column in enumerate(columns):
             shown.add_column(column, justify="right" if numbers and number else "left")

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 import typer
 
@@ -20,8 +19,6 @@ from httpx_p2pcache.cli.show import Json, print_json
 from httpx_p2pcache.daemon import life
 from httpx_p2pcache.exceptions import SettingsError
 from httpx_p2pcache.settings import Settings
-from httpx_p2pcache.testing import Origin, made_up
-from httpx_p2pcache.transport import P2PCacheTransport
 
 app = typer.Typer()
 
@@ -67,8 +64,7 @@ def _checks() -> Iterator[Check]:
     yield _libp2p()
     yield from _directory("store", settings.dir, "CACHE_DIR")
     yield from _directory("registry", settings.peer_registry or settings.dir / "peers", "CACHE_PEER_REGISTRY")
-    with life.Remote(settings.dir) as remote:
-        status = remote.get("/status")
+    status = life.Remote(settings.dir).get("/status")
     yield _port(settings, status)
     yield _peers(status)
     try:
@@ -131,6 +127,11 @@ def _peers(status: dict[str, Any] | None) -> Check:
 
 def _round_trip() -> Check:
     """Two nodes of a fleet of their own: what one has fetched, the other gets from it."""
+    import httpx
+
+    from httpx_p2pcache.testing import Origin, made_up
+    from httpx_p2pcache.transport import P2PCacheTransport
+
     secret, name = secrets.token_hex(16), f"verify-{secrets.token_hex(4)}"
     with tempfile.TemporaryDirectory(prefix="p2pcache-verify-") as scratch, Origin(made_up(1)) as origin:
 

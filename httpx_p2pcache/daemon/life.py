@@ -6,24 +6,27 @@ Whoever holds the lock may replace the sockets that a dead one has left. The loc
 from __future__ import annotations
 
 import fcntl
+import http.client
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import httpx
+import msgspec
 
-from httpx_p2pcache.node.daemon.paths import door_socket
 from httpx_p2pcache.settings import Settings
+from httpx_p2pcache.sockets import door_socket
 
 CONTROL = "p2pcache"  # the host, on the door's socket, that is the daemon itself
 IDLE_SECONDS = 1800.0  # after which a daemon that nobody uses ends
 START_SECONDS = 30.0  # for a daemon to listen: it imports what it needs first
 STOP_SECONDS = 5.0
 LOCK_SECONDS = 0.2
+REMOTE_SECONDS = 5.0  # for a daemon to answer a command
 LOG = "daemon.log"
 _LOCK = "daemon.lock"
 
@@ -58,38 +61,45 @@ class Lock:
 
 
 class Remote:
-    """The running daemon of a directory, as commands see it: its control over the socket."""
+    """The running daemon of a directory, as commands see it: its control over the socket.
+
+    By the standard library alone: a command that only asks for a status should not have to import an HTTP client.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        # Nothing is verified where there is no TLS; loading certificates would take longer than the call.
-        self._client = httpx.Client(
-            transport=httpx.HTTPTransport(uds=os.fspath(door_socket(directory)), verify=False),
-            base_url=f"http://{CONTROL}",
-            timeout=5.0,
-        )
+        self._path = os.fspath(door_socket(directory))
 
-    def __enter__(self) -> Remote:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._client.close()
-
-    def get(self, path: str, **params: str | float) -> Any:
+    def get(self, path: str) -> Any:
         """A control's answer; None if no daemon answers."""
-        try:
-            response = self._client.get(path, params=params)
-            response.raise_for_status()
-        except (httpx.HTTPError, OSError):
-            return None
-        return response.json()
+        status, body = self._request("GET", path)
+        return msgspec.json.decode(body) if status == 200 else None
 
-    def post(self, path: str, **params: str | int) -> httpx.Response | None:
-        """The answer to an order; None if no daemon answers."""
+    def post(self, path: str) -> tuple[int, Any]:
+        """The status and the answer to an order; 0 and None if no daemon answers."""
+        status, body = self._request("POST", path)
+        return status, msgspec.json.decode(body) if body else None
+
+    def _request(self, method: str, path: str) -> tuple[int, bytes]:
+        connection = _UnixConnection(self._path)
         try:
-            return self._client.post(path, params=params)
-        except (httpx.HTTPError, OSError):
-            return None
+            connection.request(method, path, headers={"Host": CONTROL})
+            response = connection.getresponse()
+            return response.status, response.read()
+        except (OSError, http.client.HTTPException):
+            return 0, b""
+        finally:
+            connection.close()
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__(CONTROL, timeout=REMOTE_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
 
 
 def launch(settings: Settings, *, idle: float, port: int | None, wait: float) -> tuple[dict[str, Any], bool]:
@@ -97,28 +107,27 @@ def launch(settings: Settings, *, idle: float, port: int | None, wait: float) ->
 
     Raises RuntimeError, with what it said last, if it does not come up.
     """
-    with Remote(settings.dir) as remote:
+    remote = Remote(settings.dir)
+    status = remote.get("/status")
+    process = None if status is not None else _spawn(settings, idle, port)
+    until = time.monotonic() + START_SECONDS
+    while status is None:
+        # One that finds the lock taken ends; then another is coming up, and will do.
+        ended = process is not None and process.poll() is not None and _holder(settings.dir) is None
+        if ended or time.monotonic() > until:
+            raise RuntimeError(f"the daemon did not start: {_last_words(settings.dir)}")
+        time.sleep(0.02)
         status = remote.get("/status")
-        started = status is None
-        process = None
-        if started:
-            process = _spawn(settings, idle, port)
-        until = time.monotonic() + START_SECONDS
-        while status is None:
-            if (process is not None and process.poll() not in (None, 0)) or time.monotonic() > until:
-                raise RuntimeError(f"the daemon did not start: {_last_words(settings.dir)}")
-            time.sleep(0.02)
-            status = remote.get("/status")
-        until = time.monotonic() + wait
-        while not status["joined"] and status["p2p_enabled"] and time.monotonic() < until:
-            time.sleep(0.05)
-            status = remote.get("/status") or status
-        if port is not None:
-            remote.post("/open", port=port)
-            status = remote.get("/status") or status
-        if process is not None:
-            process.returncode = process.poll() or 0  # it outlives us: nobody is to wait for it
-        return status, started
+    until = time.monotonic() + wait
+    while not status["joined"] and status["p2p_enabled"] and time.monotonic() < until:
+        time.sleep(0.05)
+        status = remote.get("/status") or status
+    if port is not None:
+        remote.post(f"/open?port={port}")
+        status = remote.get("/status") or status
+    if process is not None:
+        process.returncode = 0  # it outlives us: nobody is to wait for it
+    return status, process is not None and status["pid"] == process.pid
 
 
 def stop(directory: Path) -> bool:
@@ -126,8 +135,7 @@ def stop(directory: Path) -> bool:
     held = _holder(directory)
     if held is None:
         return False
-    with Remote(directory) as remote:
-        told = remote.post("/stop") is not None
+    told = Remote(directory).post("/stop")[0] == 200
     began = time.monotonic()
     while _holder(directory) is not None:
         if not told and time.monotonic() > began + STOP_SECONDS / 5:

@@ -21,9 +21,9 @@ from httpx_p2pcache import runner
 from httpx_p2pcache.daemon.control import Control
 from httpx_p2pcache.daemon.door import App, Door
 from httpx_p2pcache.daemon.life import Lock
-from httpx_p2pcache.node.daemon.paths import door_socket, listen, node_socket
 from httpx_p2pcache.node.daemon.server import Server
 from httpx_p2pcache.settings import Settings
+from httpx_p2pcache.sockets import door_socket, listen, node_socket
 from httpx_p2pcache.transport import P2PCacheTransport
 
 logger = logging.getLogger("httpx_p2pcache")

@@ -41,7 +41,7 @@ def _daemon(
 ) -> PeerNetwork | None:
     """A connection to the runner's daemon; None if there is none and another node may take its place."""
     from httpx_p2pcache.node.daemon.client import DaemonNode, WrongFleet
-    from httpx_p2pcache.node.daemon.paths import node_socket
+    from httpx_p2pcache.sockets import node_socket
 
     path = node_socket(settings.dir)
     if settings.node == "auto" and not path.exists():

@@ -19,7 +19,6 @@ from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Entry
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.network import Answer, Awaited, FleetClaim, NoPeers, PeerNetwork, Question, Unclaimed
-from httpx_p2pcache.node.daemon.paths import connect
 from httpx_p2pcache.node.daemon.protocol import (
     FRAME_OVERHEAD,
     VERSION,
@@ -39,6 +38,7 @@ from httpx_p2pcache.node.daemon.protocol import (
 )
 from httpx_p2pcache.node.protocol import pack
 from httpx_p2pcache.quota import Quota, QuotaBoard
+from httpx_p2pcache.sockets import connect
 
 logger = logging.getLogger("httpx_p2pcache")
 

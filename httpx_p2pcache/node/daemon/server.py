@@ -20,7 +20,6 @@ from httpx_p2pcache import network
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.network import Awaited, FleetClaim, PeerNetwork
-from httpx_p2pcache.node.daemon.paths import ours
 from httpx_p2pcache.node.daemon.protocol import (
     FRAME_OVERHEAD,
     VERSION,
@@ -40,6 +39,7 @@ from httpx_p2pcache.node.daemon.protocol import (
 )
 from httpx_p2pcache.node.protocol import pack, read_frame
 from httpx_p2pcache.quota import Quota, QuotaBoard
+from httpx_p2pcache.sockets import ours
 from httpx_p2pcache.store import Store
 
 logger = logging.getLogger("httpx_p2pcache")
