@@ -58,15 +58,18 @@ def stats(
 
 
 @app.command()
-def summary(since: Since = None) -> None:
+def summary(since: Since = None, as_json: Json = False) -> None:
     """Print a job's summary as Markdown: p2pcache summary >> "$GITHUB_STEP_SUMMARY".
 
-    Of what was counted since the daemon started; without one, of all.
+    Of what was counted since the daemon started; without one, of all. Exit status 0.
     """
     settings = settings_or_exit()
     status = life.Remote(settings.dir).get("/status")
     began = status["since"] if status else 0.0
     found = report(Ledger(settings.dir), began if since is None else time.time() - since * 60)
+    if as_json:
+        print_json(found)
+        return
     print(as_markdown(found, peers=status["connected_peers"] if status else None))
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,8 @@ def environment(origin: Origin, tmp_path_factory: pytest.TempPathFactory) -> Ite
         return started[name]
 
     yield build
-    for runner in started.values():
-        p2pcache(runner, "stop")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda runner: p2pcache(runner, "stop"), started.values()))
 
 
 def p2pcache(environment: dict[str, str], *arguments: str) -> str:
@@ -183,6 +184,8 @@ print("done", flush=True)
 def test_five_different_clients_that_ask_for_the_same_in_the_same_second_pay_about_once(
     origin: Origin, environment: Environment
 ) -> None:
+    with ThreadPoolExecutor(len(FLEET_OF_FIVE)) as pool:  # their daemons start side by side
+        list(pool.map(lambda name: environment(name, "five"), FLEET_OF_FIVE))
     origin.reset()
     processes = []
     for name, client in FLEET_OF_FIVE.items():

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Runner, Run
     try:
         for runner in runners:
             runner.environment["CACHE_LOOKUP_TIMEOUT"] = "2"  # many interpreters start on one machine at once
-            runner.p2pcache("init")
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda runner: runner.p2pcache("init"), runners))
         assert eventually(lambda: [runner.status()["connected_peers"] for runner in runners] == [1, 1])
         yield runners
     finally:
@@ -161,11 +163,11 @@ def test_a_bad_setting_is_named(runner_of: Runners) -> None:
 
 def test_it_ends_by_itself_when_nobody_uses_it(runner_of: Runners, origin: Origin) -> None:
     runner = runner_of()
-    pid = json.loads(runner.p2pcache("init", "--idle", "4", "--json"))["pid"]
+    pid = json.loads(runner.p2pcache("init", "--idle", "3", "--json"))["pid"]
     load = runner.start(LOAD, *urls_of(origin)[:1])
     try:
         assert eventually(lambda: asked(load)["active"])
-        threading.Event().wait(5)  # longer than that, while it is used
+        threading.Event().wait(3.5)  # longer than that, while it is used
         assert runner.status()["pid"] == pid
     finally:
         load.communicate(timeout=60)
@@ -295,8 +297,8 @@ def test_whoever_talks_rubbish_to_it_is_shown_out_alone(
 
 def test_what_a_runners_processes_have_counted_adds_up(runner_of: Runners, origin: Origin) -> None:
     ours, theirs = runner_of("a"), runner_of("b")
-    ours.p2pcache("init")
-    theirs.p2pcache("init")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda runner: runner.p2pcache("init"), (ours, theirs)))
     assert eventually(lambda: ours.status()["connected_peers"] == 1)
     urls = urls_of(origin)
     for runner in (ours, theirs, ours, theirs):

@@ -41,3 +41,18 @@ def test_python_blocks_are_python_and_name_what_there_is(page: Path) -> None:
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and node.module == "httpx_p2pcache":
                 assert [alias.name for alias in node.names if not hasattr(httpx_p2pcache, alias.name)] == []
+
+
+def test_every_command_is_described_with_its_exit_status() -> None:
+    app = pytest.importorskip("httpx_p2pcache.cli.app").app
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    for command in app.registered_commands:
+        row = next(line for line in page.splitlines() if line.startswith(f"| `p2pcache {command.callback.__name__}"))
+        assert row.rstrip("| ").rpartition("|")[2].strip().startswith("0") or "as `demo`" in row
+
+
+def test_every_input_of_the_action_is_described() -> None:
+    declared = (ROOT / "action.yml").read_text().partition("inputs:")[2].partition("outputs:")[0]
+    names = re.findall(r"^  ([a-z-]+):$", declared, re.MULTILINE)
+    page = (ROOT / "docs" / "github-actions.md").read_text()
+    assert [name for name in names if f"| `{name}` |" not in page] == []
