@@ -181,8 +181,10 @@ def _asked(request: Any) -> hishel.Request:
     fields: dict[str, list[str]] = {}
     for name, value in request.headers.raw:
         fields.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
-    target = f"{url.scheme}://{url.netloc.decode('ascii')}{url.raw_path.decode('ascii')}"
-    return hishel.Request(request.method, target, Headers(fields))
+    # httpcore sends the extension "target" in the place of the path, if there is one: then that is asked for.
+    target: bytes = request.extensions.get("target") or url.raw_path
+    asked = f"{url.scheme}://{url.netloc.decode('ascii')}{target.decode('latin-1')}"
+    return hishel.Request(request.method, asked, Headers(fields))
 
 
 def _with(library: Any, request: Any, added: Fields) -> Any:

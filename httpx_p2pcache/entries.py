@@ -113,18 +113,6 @@ def is_credential(field: str) -> bool:
     return _CREDENTIAL_NAME.search(field) is not None
 
 
-def _spelt(field: str, value: str) -> str:
-    """``Authorization: token T`` and ``Bearer T`` are one identity: GitHub takes either, and each client has its own.
-
-    A scheme has no case (RFC 9110 §11.1).
-    """
-    if field != "authorization":
-        return value
-    scheme, space, rest = value.partition(" ")
-    lower = scheme.lower()
-    return ("bearer" if lower == "token" else lower) + space + rest.strip() if space else value
-
-
 def same_origin(a: str, b: str) -> bool:
     """RFC 9110 §4.3.1: scheme, host and port agree."""
     try:
@@ -174,7 +162,7 @@ class Keyring:
         """Who a request is made as: 32 hex digits, or "" for a request that carries no credentials."""
         if self._one_user:
             return EVERYONE
-        held = [(name, _spelt(name, request.headers[name])) for name in request.headers if is_credential(name)]
+        held = [(name, request.headers[name]) for name in request.headers if is_credential(name)]
         if not held:
             return ANONYMOUS
         return hmac.digest(self._identity, repr(sorted(held)).encode(), "sha256").hex()[:32]
@@ -194,7 +182,7 @@ class Keyring:
         lines = headers.get_list(name)
         if lines is None:
             return None
-        members = [part.strip() for line in lines for part in _spelt(name, line).split(",")]
+        members = [part.strip() for line in lines for part in line.split(",")]
         if name in _UNORDERED_FIELDS:
             members = sorted({member.lower().replace(" ", "") for member in members} - {""})
             if name == "accept" and not members:

@@ -107,13 +107,14 @@ class Exchange:
         if request.method not in CACHEABLE or not SPECIAL.isdisjoint(request.headers):
             return None
         found = self.store.peek(cache_key(request.url))
-        answer = self.fresh(request, self.keyring.identity(request), found) if found else None
+        seen = self.github.seen(request)
+        answer = self.fresh(seen, self.keyring.identity(seen), found) if found else None
         if answer is not None:
             self.stats.add("requests", endpoint=endpoint(request.method, request.url))
         return answer
 
     def fresh(self, request: hishel.Request, identity: str, found: list[Stored]) -> Answer | None:
-        """The newest of ``found`` that a plain request may have without validation."""
+        """The newest of ``found`` that a plain request (as :meth:`GitHub.seen`) may have without validation."""
         now, best, value_of = time.time(), None, self.value_of(request)
         for stored in found:
             if (
@@ -184,7 +185,7 @@ class Exchange:
     def note_quota(self, request: hishel.Request, reply: Reply) -> None:
         """What the origin says of its limits goes on the board, and to the fleet."""
         if self.github.follows(request.url):
-            identity = self.keyring.identity(request)
+            identity = self.keyring.identity(self.github.seen(request))
             quota = self.quotas.note(identity, request.url, reply.status, reply.headers, time.time())
             if quota is not None:
                 self.network.tell_quota(quota)

@@ -25,6 +25,7 @@ from functools import lru_cache
 from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
+import hishel
 import msgspec
 from hishel import Headers
 
@@ -87,6 +88,15 @@ class GitHub:
     def follows(self, url: str) -> bool:
         """Whether the URL's host is one of ``CACHE_GITHUB_HOSTS``."""
         return urlsplit(url).netloc in self._hosts
+
+    def seen(self, request: hishel.Request) -> hishel.Request:
+        """The request as it tells who asks: GitHub takes ``token T`` for ``Bearer T``, and each client has its own."""
+        credentials = request.headers.get("authorization")
+        if credentials is None or credentials[:6].lower() != "token " or not self.follows(request.url):
+            return request
+        fields = {name: request.headers.get_list(name) or [] for name in request.headers}
+        fields["authorization"] = [f"Bearer {credentials[6:].strip()}"]
+        return hishel.Request(request.method, request.url, Headers(fields))
 
     def pools(self, method: str, url: str) -> bool:
         """Whether one fetch of a URL can help every identity, so that they wait for each other."""

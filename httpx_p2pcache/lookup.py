@@ -78,7 +78,8 @@ class Lookup:
         self.request = request
         self.wishes = wishes
         self.key = cache_key(request.url)
-        self.identity = exchange.keyring.identity(request)
+        self.seen = exchange.github.seen(request)
+        self.identity = exchange.keyring.identity(self.seen)
         self.shown = machine_request(request)
         self.pooled = exchange.github.pools(request.method, request.url)
         self.shared = exchange.github.shares(request.method, request.url, request.headers)
@@ -95,7 +96,7 @@ class Lookup:
         try:
             if SPECIAL.isdisjoint(self.request.headers):
                 found = yield Run(partial(exchange.store.load, self.key))
-                answer = exchange.fresh(self.request, self.identity, found)
+                answer = exchange.fresh(self.seen, self.identity, found)
                 if answer is not None:
                     return answer
             state = yield from self._look()
@@ -139,7 +140,7 @@ class Lookup:
         found: list[Stored] | None = store.peek(self.key)
         if found is None:
             found = yield Run(partial(store.load, self.key))
-        exchange, value_of = self.exchange, self.exchange.value_of(self.request)
+        exchange, value_of = self.exchange, self.exchange.value_of(self.seen)
         found = found or []
         self.held = [
             stored
@@ -163,7 +164,7 @@ class Lookup:
 
     def _others(self, found: list[Stored], now: float) -> list[hishel.Entry]:
         """Entries of other identities as the machine may see them: with the tag that they have for us, unvalidated."""
-        exchange, value_of, shown = self.exchange, self.exchange.value_of(self.request), []
+        exchange, value_of, shown = self.exchange, self.exchange.value_of(self.seen), []
         for stored in found:
             if stored in self.held or not stored.matches(self.request.method, value_of, any_identity=True):
                 continue
@@ -221,7 +222,7 @@ class Lookup:
             claim=lease.claim,
             method=self.request.method,
             identity=self.identity,
-            selecting=exchange.keyring.selecting(self.request.headers, names),
+            selecting=exchange.keyring.selecting(self.seen.headers, names),
             holds=self.held[0].entry.digest if self.held else b"",
             age=self.held[0].entry.age(time.time()) if self.held else 0.0,
             any_identity=self.shared,
@@ -453,7 +454,7 @@ class Lookup:
 
     def selecting(self, names: list[str]) -> dict[str, str]:
         """This request's fields of these names, as they may be stored."""
-        return self.exchange.keyring.selecting(self.request.headers, names)
+        return self.exchange.keyring.selecting(self.seen.headers, names)
 
     @staticmethod
     def shareable(entry: Entry) -> bool:

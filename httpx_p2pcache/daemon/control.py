@@ -2,7 +2,7 @@
 
 =================  ============================================================================================
 ``GET /status``    the daemon and its node, as JSON: what ``p2pcache status`` and ``peers`` show
-``GET /stats``     the runner's counts, as JSON; ``since`` (Unix time), ``fleet=1`` with those of every member
+``GET /stats``     the runner's counts, as JSON; ``since`` (Unix time); the fleet's are in the status
 ``GET /metrics``   the same for Prometheus
 ``GET /``          a page to look at
 ``POST /open``     open the door on a loopback port (``port``, 0 for any); answers with its URL
@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -31,6 +32,8 @@ from starlette.routing import Route
 from httpx_p2pcache import __version__
 from httpx_p2pcache.exchange import Exchange
 from httpx_p2pcache.report import report
+
+LATEST = 2**40  # as a time: some ten thousand years from now
 
 
 class Control:
@@ -94,7 +97,9 @@ class Control:
         try:
             since = float(request.query_params.get("since", "0"))
         except ValueError:
-            return JSONResponse({"message": "since must be a Unix time"}, 400)
+            since = math.nan
+        if not 0 <= since <= LATEST:
+            return JSONResponse({"message": f"since must be a Unix time, a number from 0 to {LATEST}"}, 400)
         found = await anyio.to_thread.run_sync(lambda: report(self._exchange.ledger, since))
         return JSONResponse(found)
 
@@ -131,7 +136,7 @@ class Control:
 
     async def _open(self, request: Request) -> Response:
         text = request.query_params.get("port", "0")
-        if not text.isdigit() or int(text) > 65535:
+        if not (text.isascii() and text.isdigit()) or int(text) > 65535:
             return JSONResponse({"message": f"port must be a number from 0 to 65535, not {text!r}"}, 400)
         try:
             return JSONResponse({"url": await self._open_port(int(text))})

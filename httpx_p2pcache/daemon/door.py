@@ -17,7 +17,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import httpx
@@ -72,13 +72,18 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await _live(receive, send)
-        if scope["type"] != "http":
-            return None
+        if scope["type"] != "http":  # a WebSocket: refused
+            return await send({"type": "websocket.close"})
         path: bytes = scope.get("raw_path") or scope["path"].encode()
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").lower()
+        if path.lower().startswith((b"http://", b"https://")):  # RFC 9112 §3.2.2: then Host does not count
+            netloc, slash, rest_of = path.partition(b"://")[2].partition(b"/")
+            host, path = netloc.decode("latin-1").lower(), slash + rest_of or b"/"
+        if not path.startswith(b"/") or b"#" in path:
+            return await _say(send, 400, "a request target is a path, or a whole URL without a fragment")
         prefix = b""
         if self._token is not None:
-            _, given, *rest = path.split(b"/", 2) if path.startswith(b"/") else (b"", b"")
+            _, given, *rest = path.split(b"/", 2)
             if not hmac.compare_digest(given, self._token.encode()):
                 return await _say(send, 404, "not found: the path begins with this door's token (p2pcache status)")
             prefix = b"http://" + host.encode("latin-1") + b"/" + given
@@ -94,29 +99,80 @@ class Door:
         if host not in self._schemes:
             why = f"this door leads to {', '.join(self._schemes)} only, not to {host[:200]!r}: see CACHE_GITHUB_HOSTS"
             return await _say(send, 403, why)
-        origin = f"{self._schemes[host]}://{host}"
-        request = _request(scope, receive, origin, path)
+        way_back = None if self._token is None else _WayBack(prefix, host, self._schemes, self._default)
+        body = _Body(scope["headers"], receive)
+        async with anyio.create_task_group() as tasks:
+            watch = anyio.CancelScope()
+            tasks.start_soon(self._let_go, body, watch, tasks.cancel_scope)
+            await self._pass(
+                _request(scope, body, f"{self._schemes[host]}://{host}", path), way_back, send, watch.cancel
+            )
+        return None
+
+    async def _pass(
+        self, request: httpx.Request, way_back: _WayBack | None, send: Send, done: Callable[[], None]
+    ) -> None:
+        """``done`` is called when all but the end of the answer has been sent."""
+        host = request.url.netloc.decode("ascii")
         try:
             response = await self._transport.handle_async_request(request)
         except httpx.TimeoutException as exc:
+            done()
             return await _say(send, 504, f"{host} does not answer ({type(exc).__name__})")
         except httpx.HTTPError as exc:
+            done()
             return await _say(send, 502, f"{host} cannot be reached ({type(exc).__name__}: {exc})")
-        way_back = None if self._token is None else (self._schemes, prefix, self._default)
-        return await _pass_on(response, request.method, way_back, send)
+        return await _pass_on(response, request.method, way_back, send, done)
+
+    @staticmethod
+    async def _let_go(body: _Body, watch: anyio.CancelScope, all_of_it: anyio.CancelScope) -> None:
+        """Whoever has gone waits for nothing: the origin need not go on either.
+
+        Not while the server ends the connection itself, after the answer: it would be cancelled in the middle of that.
+        """
+        with watch:
+            await body.read.wait()
+            while (await body.receive())["type"] != "http.disconnect":
+                pass
+            all_of_it.cancel()
 
 
-def _request(scope: Scope, receive: Receive, origin: str, path: bytes) -> httpx.Request:
-    fields = [(name, value) for name, value in scope["headers"] if name not in _dropped(scope["headers"])]
+class _Body:
+    """A request's body as it comes; ``read`` is set when there is no more of it."""
+
+    def __init__(self, fields: list[tuple[bytes, bytes]], receive: Receive) -> None:
+        names = {name for name, _ in fields}
+        self.chunked = b"transfer-encoding" in names
+        self.receive = receive
+        self.read = anyio.Event()
+        self.empty = not self.chunked and b"content-length" not in names
+        if self.empty:
+            self.read.set()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        more = True
+        while more:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise httpx.ReadError("the client has gone")
+            more = message.get("more_body", False)
+            if message.get("body"):
+                yield message["body"]
+        self.read.set()
+
+
+def _request(scope: Scope, body: _Body, origin: str, path: bytes) -> httpx.Request:
+    dropped = _dropped(scope["headers"])
+    if body.chunked:  # RFC 9112 §6.3: the chunks count, and a length beside them is not passed on
+        dropped.add(b"content-length")
+    fields = [(name, value) for name, value in scope["headers"] if name not in dropped]
     query = b"?" + scope["query_string"] if scope["query_string"] else b""
-    names = {name for name, _ in scope["headers"]}
-    content = _body(receive) if names & {b"content-length", b"transfer-encoding"} else None
     return httpx.Request(
         scope["method"],
         httpx.URL(origin).copy_with(raw_path=path + query),
         headers=fields,
-        content=content,
-        extensions={"timeout": _TIMEOUT.as_dict()},
+        content=None if body.empty else aiter(body),
+        extensions={"timeout": _TIMEOUT.as_dict(), "target": path + query},  # as it was sent: RFC 9110 §7.7
     )
 
 
@@ -128,27 +184,15 @@ def _dropped(fields: list[tuple[bytes, bytes]]) -> set[bytes]:
     return named | _OF_THE_CONNECTION
 
 
-async def _body(receive: Receive) -> AsyncIterator[bytes]:
-    more = True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise httpx.ReadError("the client has gone")
-        more = message.get("more_body", False)
-        if message.get("body"):
-            yield message["body"]
-
-
 async def _pass_on(
-    response: httpx.Response, method: str, way_back: tuple[dict[str, str], bytes, str] | None, send: Send
+    response: httpx.Response, method: str, way_back: _WayBack | None, send: Send, done: Callable[[], None]
 ) -> None:
     fields = [(name.lower(), value) for name, value in response.headers.raw]
     dropped = _dropped(fields)
     fields = [(name, value) for name, value in fields if name not in dropped]
     if way_back is not None:
         fields = [
-            (name, _led_back(name, value, *way_back) if name in (b"link", b"location") else value)
-            for name, value in fields
+            (name, way_back.field(name, value) if name in (b"link", b"location") else value) for name, value in fields
         ]
     stream: Any = response.stream
     try:
@@ -156,26 +200,39 @@ async def _pass_on(
         if method != "HEAD" and response.status_code not in (204, 304):
             async for chunk in stream:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        done()
         await send({"type": "http.response.body", "body": b""})
     finally:
+        done()
         with anyio.CancelScope(shield=True), anyio.move_on_after(1):
             await response.aclose()
 
 
-def _led_back(name: bytes, value: bytes, schemes: dict[str, str], prefix: bytes, default: str) -> bytes:
-    """A field's URLs of the hosts behind the door, as URLs of the door."""
+class _WayBack(NamedTuple):
+    """How URLs of the origins become URLs of the door: ``prefix`` is its own, ``host`` the one that was asked."""
 
-    def back(url: bytes) -> bytes:
-        for host, scheme in schemes.items():
+    prefix: bytes
+    host: str
+    schemes: dict[str, str]
+    default: str
+
+    def field(self, name: bytes, value: bytes) -> bytes:
+        """A ``Link`` or ``Location`` that leads back through the door."""
+        if name == b"location":
+            return self._url(value)
+        return _TARGETS.sub(lambda match: b"<" + self._url(match[1]) + b">", value)
+
+    def _url(self, url: bytes) -> bytes:
+        if url.startswith(b"/") and not url.startswith(b"//"):
+            return self._place(self.host) + url
+        for host, scheme in self.schemes.items():
             origin = f"{scheme}://{host}".encode("latin-1")
             if url.lower().startswith(origin + b"/"):
-                segment = b"" if host == default else b"/" + host.encode("latin-1")
-                return prefix + segment + url[len(origin) :]
+                return self._place(host) + url[len(origin) :]
         return url
 
-    if name == b"location":
-        return back(value)
-    return _TARGETS.sub(lambda match: b"<" + back(match[1]) + b">", value)
+    def _place(self, host: str) -> bytes:
+        return self.prefix + (b"" if host == self.default else b"/" + host.encode("latin-1"))
 
 
 async def _say(send: Send, status: int, text: str) -> None:

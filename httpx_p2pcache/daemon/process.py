@@ -82,7 +82,7 @@ class _Daemon:
         config = Config()
         config.bind = [f"fd://{listener.detach()}"]  # it is hypercorn's from here on
         config.include_server_header = config.include_date_header = False
-        config.accesslog = config.errorlog = None
+        config.accesslog, config.errorlog = None, logging.getLogger("httpx_p2pcache.door")
         config.keep_alive_timeout = 60.0
         config.graceful_timeout = 0.5
         serve = partial(
