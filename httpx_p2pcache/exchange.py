@@ -94,11 +94,11 @@ class Exchange:
     def after_fork(self) -> None:
         """In a forked child: let go of the parent's node, and of locks that its threads may have held."""
         network = self.network.after_fork()
-        self.github.after_fork()
         self.quotas.after_fork()
         self.network = network
         self.flights = Flights(self.settings.claim_timeout, time.monotonic)
         self.stats = Stats()
+        self.github.after_fork(self.stats)
         self.ledger = Ledger(self.settings.dir)
         self.ledger.follow(self.stats)
 

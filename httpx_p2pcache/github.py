@@ -63,9 +63,19 @@ _VARIABLE = re.compile(r"\d+|[0-9a-f]{7,40}")
 _NUMBERED = {"repositories": ("repos", 1), "organizations": ("orgs", 1), "user": ("users", 1)}
 _NAMED = {"repos": 2, "orgs": 1, "users": 1}
 DEFAULT_PER_PAGE = 30
-# What comes after these in a path is the name of something of the user's.
-_NAMES_FOLLOW = frozenset(
-    {"branches", "commits", "compare", "contents", "environments", "git", "labels", "tags", "teams"}
+# Words of GitHub's own paths, told apart in counts; whatever else stands in one may be a name of somebody's.
+_WORDS = frozenset(
+    (  # noqa: SIM905 - as a list it is ninety lines
+        "actions advisories alerts app artifacts assets assignees branches caches check-runs check-suites "
+        "code code-scanning collaborators comments commits community compare contents contributors copilot "
+        "dependabot deployments dispatches emojis enterprises environments events feeds followers following "
+        "forks gists git graphql hooks installation installations invitations issues jobs keys labels "
+        "languages latest license licenses logs members merge merges meta milestones networks notifications "
+        "orgs packages pages projects properties protection pulls rate_limit reactions readme received_events "
+        "refs releases repos repositories requested_reviewers reviews rulesets runners runs search "
+        "secret-scanning secrets stargazers starred stats status statuses subscribers subscription subscriptions "
+        "tags tarball teams timeline topics traffic trees user users variables workflows zen zipball "
+    ).split()
 )
 
 
@@ -81,9 +91,10 @@ class GitHub:
         self._given_up: set[str] = set()
         self._lock = threading.Lock()
 
-    def after_fork(self) -> None:
-        """In a forked child: a lock that another thread may have held is not waited for."""
+    def after_fork(self, stats: Stats) -> None:
+        """In a forked child: a lock that another thread may have held is not waited for; ``stats`` are its own."""
         self._lock = threading.Lock()
+        self._stats = stats
 
     def follows(self, url: str) -> bool:
         """Whether the URL's host is one of ``CACHE_GITHUB_HOSTS``."""
@@ -220,11 +231,7 @@ def family(url: str) -> str:
 def endpoint(method: str, url: str) -> str:
     """The kind of resource that a request is about, for counts: ``GET api.github.com/repos/pulls/*``.
 
-    Never a query, and no more than three parts of the path: names of owners, repositories, files are left out.
+    At most three parts, of GitHub's own words; names of owners, repositories, branches and files never, nor a query.
     """
-    parts = [part for part in family(url).split("/") if part]
-    for number, part in enumerate(parts):
-        if part in _NAMES_FOLLOW:
-            parts = [*parts[: number + 1], "*"][:3] if number + 1 < len(parts) else parts
-            break
+    parts = ["*" if part not in _WORDS else part for part in family(url).split("/") if part]
     return f"{method} {urlsplit(url).netloc.rpartition('@')[2]}/{'/'.join(parts[:3])}"

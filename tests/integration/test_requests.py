@@ -67,8 +67,6 @@ def same_each_time(fields: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-# --- the origin -----------------------------------------------------------------------------------------------------
-
 Piece = bytes | threading.Event | None  # an event is waited for, None closes the connection
 Script = Callable[["Asked"], Iterable[Piece]]
 
@@ -263,8 +261,6 @@ def _clean_environment_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-# --- what is compared -----------------------------------------------------------------------------------------------
-
 # Ours, those of the moment, and those of one connection (RFC 9111 §3.1), which no cache stores.
 _APART = re.compile(r"age|cache-status|date|x-ratelimit-.*|connection|keep-alive|transfer-encoding")
 
@@ -322,8 +318,6 @@ def raised(call: Callable[[], Any]) -> tuple[Any, ...]:
         return type(exc), None if request is None else (request.method, request.url)
     raise AssertionError("nothing was raised")
 
-
-# --- the table ------------------------------------------------------------------------------------------------------
 
 Act = Callable[[Any, str], Any]
 SCENES: list[Any] = []
@@ -799,8 +793,6 @@ def test_what_comes_in_chunks_is_handed_on_as_it_comes(wire: Wire, session_for: 
                     gate.set()
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------
-
 # What a server may do to an answer.
 BROKEN: dict[str, Sequence[Piece]] = {
     "cut short": [head(200, [FRESH, ("Content-Length", "10")]), b"0123", None],
@@ -866,9 +858,9 @@ def test_a_redirect_whose_body_breaks_off_is_followed_and_not_stored(
     wire: Wire, session_for: Callable[..., Any]
 ) -> None:
     """requests follows it all the same, and reads on in what is left of the body."""
-    here = chunked(b"moved", fields=[FRESH, ("Location", "/there")], end=b"none\r\n")
-    here[0] = head(301, [FRESH, ("Location", "/there"), ("Transfer-Encoding", "chunked")])
-    wire.script = by_target(here=[*here, None], there=answer(b"arrived", FRESH))()
+    fields = [FRESH, ("Location", "/there"), ("Transfer-Encoding", "chunked")]
+    here: list[Piece] = [head(301, fields), b"5\r\nmoved\r\n", b"none\r\n", None]
+    wire.script = by_target(here=here, there=answer(b"arrived", FRESH))()
     session = session_for()
     for _ in range(2):
         assert session.get(wire.url + "/here").content == b"arrived"
@@ -930,9 +922,6 @@ def test_an_origin_that_fails_gives_way_to_a_stale_entry(
         assert [response.content for response in answers] == [b"good", b"good", b"better"]
         assert [caching(response) for response in answers] == [STORED, HIT, STORED]
     gate.set()
-
-
-# --- who waits ------------------------------------------------------------------------------------------------------
 
 
 def leave_unread(session: Any, url: str) -> None:
@@ -1070,9 +1059,6 @@ def test_many_threads_may_use_one_session(wire: Wire, session_for: Callable[...,
     assert wire.accepted <= 8
 
 
-# --- what is stored -------------------------------------------------------------------------------------------------
-
-
 def test_a_hit_says_so_in_headers_and_attributes(wire: Wire, session_for: Callable[..., Any]) -> None:
     session = session_for()
     first, second = session.get(wire.url), session.get(wire.url)
@@ -1169,9 +1155,6 @@ def test_mounted_it_caches_only_what_it_is_mounted_for(wire: Wire, local: Settin
             session.get(wire.url)
             assert not hasattr(session.get(other.url), "from_cache")
         assert (len(wire.asked), len(other.asked)) == (1, 2)
-
-
-# --- the adapter itself ---------------------------------------------------------------------------------------------
 
 
 def test_its_settings_are_those_of_the_environment(wire: Wire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1279,9 +1262,6 @@ def test_a_forgotten_response_may_be_collected_at_any_moment(wire: Wire, session
             claims.release()
         worker.join(PROMPT)
     assert in_time
-
-
-# --- the way to the origin ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -1402,8 +1382,6 @@ def test_https_goes_through_a_proxy_s_tunnel(
             assert (response.content, caching(response)) == (b"tunnelled", expected)
         assert proxy.tunnels == ["origin.test:443"]
 
-
-# --- together with httpx --------------------------------------------------------------------------------------------
 
 # What requests is asked for, and what httpx is: the same, so that it is one entry.
 SPELLINGS: dict[str, tuple[str, str]] = {
