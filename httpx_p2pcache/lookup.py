@@ -315,9 +315,8 @@ class Lookup:
             # This identity may not see it, or it is gone: nothing older is served stale afterwards.
             yield Run(partial(exchange.store.refuse, self.key, self.identity, since=sent))
         keep = None
-        # GitHub's 202 says "not yet", with a lifetime; whoever asks again wants to know whether it is there now.
-        waiting = reply.status == 202 and exchange.github.follows(self.request.url)
-        storable = isinstance(state, hishel.StoreAndUse) and not waiting
+        # A 202 says "not yet", at GitHub with a lifetime; whoever asks again wants to know whether it is there now.
+        storable = isinstance(state, hishel.StoreAndUse) and reply.status != 202
         if storable and not _too_large(reply, exchange.settings.max_body_size):
             keep = Keep(self, reply, sent, lease)
         else:

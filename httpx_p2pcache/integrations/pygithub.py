@@ -13,20 +13,27 @@ from contextlib import contextmanager
 from typing import Any
 
 import github.Requester
+import requests
 
+from httpx_p2pcache.answers import Answer
 from httpx_p2pcache.integrations.requests import P2PCacheAdapter
 from httpx_p2pcache.runner import Usage
 from httpx_p2pcache.settings import Settings
 
 # PyGithub's own, by the names that its class body gives them; where a release has others, hits wait as they did.
 _DEFER, _RECORD = "_Requester__deferRequest", "_Requester__recordRequestTime"
+_CONNECTION, _CLASS = "_Requester__connection", "_Requester__connectionClass"
 
 
 class _Turn(threading.local):
-    """What the request that this thread is making would have waited for, and whether the origin was asked."""
+    """What the request that this thread is making would have waited for, and whether the origin was asked.
+
+    ``depth``: a redirect is followed within the request that met it.
+    """
 
     defer: Callable[[], None] | None = None
     asked = True
+    depth = 0
 
 
 _turn = _Turn()
@@ -38,6 +45,14 @@ class _Adapter(P2PCacheAdapter):
         _turn.asked = True
         if defer is not None:
             defer()
+
+    def _response(self, answer: Answer, request: requests.PreparedRequest) -> requests.Response:
+        response = super()._response(answer, request)
+        if answer.caching["from_cache"] and not answer.caching["revalidated"]:
+            # What was left of the limit then is not what is left now: PyGithub remembers the last it was told.
+            for name in [name for name in response.headers if name.lower().startswith("x-ratelimit-")]:
+                del response.headers[name]
+        return response
 
 
 class _Installed:
@@ -80,14 +95,32 @@ class _Installed:
 
 def _deferring(original: Any) -> Any:
     def defer(self: Any, verb: str) -> None:
-        _turn.defer, _turn.asked = lambda: original(self, verb), False
+        _turn.depth += 1
+        if _turn.depth == 1:
+            _turn.asked = False
+        if _is_ours(self):
+            _turn.defer = lambda: original(self, verb)
+        else:
+            _turn.asked = True
+            original(self, verb)
 
     return defer
+
+
+def _is_ours(requester: Any) -> bool:
+    """Whether the connection that a requester will use goes through the cache."""
+    connection = getattr(requester, _CONNECTION, None)
+    if connection is not None:
+        return isinstance(getattr(connection, "adapter", None), _Adapter)
+    kind = getattr(requester, _CLASS, None)
+    ours = (github.Requester.HTTPRequestsConnectionClass, github.Requester.HTTPSRequestsConnectionClass)
+    return isinstance(kind, type) and issubclass(kind, ours)
 
 
 def _recording(original: Any) -> Any:
     def record(self: Any, verb: str) -> None:
         _turn.defer = None
+        _turn.depth = max(0, _turn.depth - 1)
         if _turn.asked:
             original(self, verb)
 

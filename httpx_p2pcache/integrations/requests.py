@@ -6,8 +6,12 @@ retries stay in force, and so do a session's cookies, hooks and redirects.
 
 from __future__ import annotations
 
+import http.client
 import io
+import queue
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +20,7 @@ import hishel
 import requests
 from hishel import Headers
 from requests.adapters import HTTPAdapter
-from urllib3 import HTTPHeaderDict, HTTPResponse
+from urllib3 import HTTPHeaderDict, HTTPResponse, Timeout
 
 from httpx_p2pcache.answers import Answer, Reply, Way
 from httpx_p2pcache.keep import Keep
@@ -74,7 +78,11 @@ class P2PCacheAdapter(HTTPAdapter):
             native = HTTPAdapter.send(self, sent, True, timeout, verify, cert, proxies)
             return Reply(native.status_code, _fields(native.raw.headers), native)
 
+        _let_go_of_forgotten()
         exchange, asked = self._usage.exchange, _asked(request)
+        if not verify and asked.url.startswith("https:"):
+            # Whose answer this is nobody has made sure of: it is not for those who do.
+            return self._response(drive(exchange.pass_by(asked, "bypass"), send_on, _discard), request)
         answer = exchange.hit(asked)
         if answer is None:
             way = exchange.way(asked, threading.get_ident(), _patience(timeout), background=True)
@@ -97,11 +105,15 @@ class P2PCacheAdapter(HTTPAdapter):
         if answer.reply is not None:
             response: requests.Response = answer.reply.native
             if answer.keep is not None:
-                response.raw = _kept(response.raw, answer.keep, request.method or "GET")
+                raw: Any = response.raw
+                raw._p2pcache_keep = answer.keep
+                raw.__class__ = _Kept
         else:
-            response = self.build_response(request, _raw(answer, request.method or "GET"))
+            response = self.build_response(request, _raw(answer, request))
         response.request = request
-        response.headers["Cache-Status"] = f"p2pcache; {answer.cache_status}"
+        before = response.headers.get("Cache-Status")  # of a cache that is nearer to the origin: RFC 9211 §2
+        ours = f"p2pcache; {answer.cache_status}"
+        response.headers["Cache-Status"] = ours if before is None else f"{before}, {ours}"
         response.caching = answer.caching  # type: ignore[attr-defined] # requests has no place for it
         response.from_cache = answer.caching["from_cache"]  # type: ignore[attr-defined] # as other caches call it
         return response
@@ -141,9 +153,11 @@ def _fields(headers: HTTPHeaderDict) -> Headers:
 def _patience(timeout: Any) -> float | None:
     """For how many seconds the caller would wait for an answer of the origin; None: for ever."""
     if isinstance(timeout, tuple):
-        timeout = timeout[1]
-    read = getattr(timeout, "read_timeout", timeout)
-    return float(read) if isinstance(read, (int, float)) else None
+        timeout = timeout[1] if len(timeout) == 2 else None  # else it is requests that complains
+    if isinstance(timeout, Timeout):
+        limits = [limit for limit in (timeout.total, timeout._read) if isinstance(limit, (int, float))]
+        return min(limits, default=None)
+    return float(timeout) if isinstance(timeout, (int, float)) else None
 
 
 def _discard(reply: Reply) -> None:
@@ -157,7 +171,7 @@ def _discard(reply: Reply) -> None:
         pass
 
 
-def _raw(answer: Answer, method: str) -> HTTPResponse:
+def _raw(answer: Answer, request: requests.PreparedRequest) -> HTTPResponse:
     """A stored entry as urllib3 would have received it; without one, the 504 of RFC 9111 §5.2.1.7."""
     stored, view = answer.stored, answer.view
     status, body, fields = 504, b"", HTTPHeaderDict()
@@ -173,64 +187,106 @@ def _raw(answer: Answer, method: str) -> HTTPResponse:
             fields.add(name_, value_)
         fields.add("age", str(int(answer.age)))
     return HTTPResponse(
-        body=io.BytesIO(b"" if method == "HEAD" else body),
+        body=io.BytesIO(b"" if request.method == "HEAD" else body),
         headers=fields,
         status=status,
         version=11,
+        version_string="HTTP/1.1",
         reason=_REASONS.get(status, ""),
         preload_content=False,
-        request_method=method,
+        decode_content=False,  # as requests has it: it asks for that itself
+        original_response=_Original(fields),  # type: ignore[arg-type] # as much of one as is needed
+        request_method=request.method,
+        request_url=request.path_url,
         enforce_content_length=False,
     )
 
 
-def _kept(raw: Any, keep: Keep, method: str) -> HTTPResponse:
-    """The origin's response, whose body is kept as it is read from it."""
-    return HTTPResponse(
-        body=_KeptBody(raw, keep),
-        headers=raw.headers,
-        status=raw.status,
-        version=raw.version,
-        reason=raw.reason,
-        preload_content=False,
-        original_response=raw._original_response,
-        request_method=method,
-        request_url=raw.geturl(),
-        enforce_content_length=False,  # the response below does
-    )
+class _Original:
+    """As much of an ``http.client`` response as a stored one needs: requests takes cookies from its fields."""
 
+    def __init__(self, fields: HTTPHeaderDict) -> None:
+        self.msg = http.client.HTTPMessage()
+        for name, value in fields.iteritems():
+            self.msg[name] = value
 
-class _KeptBody(io.RawIOBase):
-    """The body as it came, not decoded, for the response above; what passes is kept."""
-
-    def __init__(self, raw: Any, keep: Keep) -> None:
-        self._raw = raw
-        self._keep = keep
-        self._finished = False
-
-    def readable(self) -> bool:
+    def isclosed(self) -> bool:
         return True
 
-    def read(self, size: int | None = -1) -> bytes:
-        if size == 0:
-            return b""
-        part: bytes = self._raw.read(None if size is None or size < 0 else size, decode_content=False)
+    def close(self) -> None: ...
+
+
+class _Kept(HTTPResponse):
+    """The origin's response itself, whose body is kept as it is read; put in the place of its class.
+
+    Another response around it would lose what comes in chunks as it comes, and more that users see. So these are the
+    three places, not public, at which urllib3 2 reads: it is pinned.
+    """
+
+    _p2pcache_keep: Keep | None  # until its end, whichever that is
+
+    def _raw_read(self, amt: int | None = None, *, read1: bool = False) -> bytes:
+        with self._failing():
+            part = super()._raw_read(amt, read1=read1)
         if part:
-            self._keep.feed(part)
-        # urllib3 gives fewer bytes than asked for at the end alone; a caller that knows the length never asks again.
-        if not self._finished and (not part or size is None or size < 0 or self._raw.closed):
-            self._finished = True
-            self._keep.finish()
+            self._feed(part)
+        closed = self._fp is None or bool(getattr(self._fp, "isclosed", lambda: False)())
+        if closed or (not part and amt != 0) or (amt is None and not read1):
+            self._finish()
         return part
 
-    def readinto(self, buffer: Any) -> int:
-        part = self.read(len(buffer))
-        buffer[: len(part)] = part
-        return len(part)
+    def _handle_chunk(self, amt: int | None) -> bytes:
+        with self._failing():
+            part = super()._handle_chunk(amt)
+        self._feed(part)
+        return part
+
+    def _update_chunk_length(self) -> None:
+        with self._failing():
+            super()._update_chunk_length()
+        if self.chunk_left == 0:
+            self._finish()
 
     def close(self) -> None:
-        if not self.closed:
-            self._keep.abandon()
-            self._raw.close()
-            self._raw.release_conn()
+        self._abandon()
         super().close()
+
+    def __del__(self) -> None:
+        # In the middle of whatever this thread does, which may hold the very lock that giving back would take.
+        keep, self._p2pcache_keep = self._p2pcache_keep, None
+        if keep is not None:
+            _forgotten.put(keep)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._abandon()  # at once: whoever holds the exception may hold this response for long
+            raise
+
+    def _feed(self, part: bytes) -> None:
+        if self._p2pcache_keep is not None:
+            self._p2pcache_keep.feed(part)
+
+    def _finish(self) -> None:
+        keep, self._p2pcache_keep = self._p2pcache_keep, None
+        if keep is not None:
+            keep.finish()
+
+    def _abandon(self) -> None:
+        keep, self._p2pcache_keep = self._p2pcache_keep, None
+        if keep is not None:
+            keep.abandon()
+
+
+_forgotten: queue.SimpleQueue[Keep] = queue.SimpleQueue()  # whose put() may be called from a finaliser
+
+
+def _let_go_of_forgotten() -> None:
+    """Give back what responses that nobody closed were fetching for others."""
+    while not _forgotten.empty():
+        try:
+            _forgotten.get_nowait().abandon()
+        except queue.Empty:  # another thread was quicker
+            return

@@ -1,0 +1,467 @@
+"""The daemon when things go wrong around it: killed, frozen, full of strangers; and what its processes still get."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from daemons import STEP, TOKEN, Runner, heard
+from waiting import eventually
+
+from httpx_p2pcache.entries import Keyring
+from httpx_p2pcache.node.daemon.protocol import VERSION, Attach
+from httpx_p2pcache.node.protocol import pack
+from httpx_p2pcache.testing import Origin, Resource, made_up
+
+pytest.importorskip("libp2p")
+
+pytestmark = pytest.mark.p2p
+
+PROMPT = 3.0  # lookup_timeout of 0.25 s, the origin's answer, and a generous margin
+SECRET = "5e" * 32  # of the runners in ``daemons``
+ANOTHER = "07" * 32
+
+# A step that uses both kinds of client, and says at the very end what it has imported.
+IMPORTING = f"""
+import asyncio, json, sys
+import httpx
+from httpx_p2pcache import P2PCacheTransport
+headers = {{"Authorization": "Bearer {TOKEN}"}}
+client = httpx.Client(transport=P2PCacheTransport(), headers=headers, timeout=30)
+sources = [client.get(url).extensions["caching"]["source"] for url in sys.argv[1:3]]
+async def more():
+    async with httpx.AsyncClient(transport=P2PCacheTransport(), headers=headers, timeout=30) as client:
+        for url in sys.argv[3:]:
+            sources.append((await client.get(url)).extensions["caching"]["source"])
+asyncio.run(more())
+client.close()
+imported = [name for name in ("libp2p", "trio", "multiaddr") if name in sys.modules]
+print(json.dumps({{"sources": sources, "imported": imported}}))
+"""
+
+WRITE = f"""
+import sys
+import httpx
+from httpx_p2pcache import P2PCacheTransport
+headers = {{"Authorization": "Bearer {TOKEN}"}}
+with httpx.Client(transport=P2PCacheTransport(), headers=headers, timeout=30) as client:
+    client.post(sys.argv[1], content=sys.argv[2].encode()).raise_for_status()
+"""
+
+# Two transports of different settings, so that there are two runners in one process.
+TWO = f"""
+import os, sys
+import httpx
+from httpx_p2pcache import P2PCacheTransport, Settings
+for port in (0, 1):
+    settings = Settings.from_env(os.environ | {{"CACHE_DEFAULT_TTL": str(300 + port)}})
+    headers = {{"Authorization": "Bearer {TOKEN}"}}
+    with httpx.Client(transport=P2PCacheTransport(settings=settings), headers=headers, timeout=30) as client:
+        print(client.get(sys.argv[1]).text)
+"""
+
+
+class Client:
+    """A process of ``talking_runner`` that belongs to a runner."""
+
+    def __init__(self, runner: Runner, origin: Origin, log: Path, **changes: str) -> None:
+        self._origin = origin
+        self.log = log
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("talking_runner.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=runner.environment | {"TEST_TOKEN": TOKEN} | changes,
+            )
+
+    def tell(self, what: str, **more: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": what, **more}).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.log.read_text()
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+    def do(self, what: str, **more: object) -> dict[str, Any]:
+        self.tell(what, **more)
+        return self.hear()
+
+    def stat(self, name: str) -> Any:
+        return self.do("stats")[name]
+
+    def ask(self, target: str, what: str = "get") -> None:
+        self.tell(what, url=self._origin.url + target)
+
+    def get(self, target: str) -> dict[str, Any]:
+        """The answer to a GET, which has to be the origin's."""
+        self.ask(target)
+        return self.right(target, self.hear())
+
+    def right(self, target: str, answer: dict[str, Any]) -> dict[str, Any]:
+        assert (answer.get("error"), answer.get("status")) == (None, 200)
+        assert answer["sha256"] == hashlib.sha256(self._origin.resources[target].body).hexdigest()
+        return answer
+
+    def begin(self, target: str) -> None:
+        """Ask in the background; returns once the call is on its way to the origin."""
+        calls = self.stat("origin_calls")
+        self.ask(target, "begin")
+        assert self.hear() == {"begun": True}
+        assert eventually(lambda: self.stat("origin_calls") == calls + 1)
+
+    def sees_the_daemon(self) -> bool:
+        return self.stat("peer_id") is not None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+
+    def end(self) -> None:
+        self.process.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.communicate()
+
+
+Clients = Callable[..., Client]
+Pair = tuple[Runner, Runner]
+
+
+@pytest.fixture
+def origin() -> Iterator[Origin]:
+    with Origin(made_up(60)) as server:
+        yield server
+
+
+@pytest.fixture
+def targets(origin: Origin) -> list[str]:
+    return list(origin.resources)
+
+
+@pytest.fixture
+def client_of(origin: Origin, tmp_path: Path) -> Iterator[Clients]:
+    """``client_of(runner)``: a process of that runner; whatever has become of it, it is ended with the test."""
+    clients: list[Client] = []
+
+    def begin(runner: Runner, **changes: str) -> Client:
+        clients.append(Client(runner, origin, tmp_path / f"client-{len(clients)}.log", **changes))
+        return clients[-1]
+
+    try:
+        yield begin
+    finally:
+        for client in clients:
+            client.end()
+
+
+@pytest.fixture
+def lone(tmp_path: Path) -> Iterator[Runner]:
+    """A runner without a daemon so far."""
+    runner = Runner(tmp_path / "lone", tmp_path / "registry")
+    try:
+        yield runner
+    finally:
+        ended(runner)
+
+
+@pytest.fixture(scope="module")
+def two_runners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    root = tmp_path_factory.mktemp("two")
+    runners = Runner(root / "a", root / "registry"), Runner(root / "b", root / "registry")
+    try:
+        yield runners
+    finally:
+        for runner in runners:
+            ended(runner)
+
+
+@pytest.fixture
+def pair(two_runners: Pair) -> Pair:
+    """Two runners of one fleet whose daemons have met, whatever the test before has done to them."""
+    without = [runner for runner in two_runners if not runner.status()]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda runner: runner.p2pcache("init"), without))
+    ours, theirs = two_runners
+    assert eventually(lambda: [len(runner.status()["peers"]) for runner in two_runners] == [1, 1], 30)
+    assert eventually(lambda: ours.status()["processes"] == theirs.status()["processes"] == 0)
+    return two_runners
+
+
+@pytest.fixture(scope="module")
+def far_away(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    """A runner whose directory has too long a name for a socket, and whose umask forbids nobody anything."""
+    root = tmp_path_factory.mktemp("far")
+    runner = Runner(root / ("d" * 60) / ("e" * 60), root / "registry")
+    before = os.umask(0)
+    try:
+        runner.p2pcache("init")
+        yield runner
+    finally:
+        os.umask(before)
+        ended(runner)
+
+
+def ended(runner: Runner) -> None:
+    """No daemon of this runner is left, even where it is frozen."""
+    pid = runner.status().get("pid")
+    runner.stop()
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def pid_of(runner: Runner) -> int:
+    pid: int = runner.status()["pid"]
+    return pid
+
+
+@contextlib.contextmanager
+def frozen(runner: Runner) -> Iterator[None]:
+    """The runner's daemon says and hears nothing."""
+    pid = pid_of(runner)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def stranger_to(runner: Runner) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(30)
+    connection.connect(str(runner.directory / "node.sock"))
+    return connection
+
+
+def shown_out(connection: socket.socket) -> bool:
+    """Whether the other end has closed, after whatever it had to say."""
+    try:
+        while connection.recv(65536):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+# How it begins and ends
+
+
+def test_after_a_daemon_was_killed_commands_say_so_and_of_three_starts_at_once_one_runs(
+    lone: Runner, origin: Origin, targets: list[str]
+) -> None:
+    first = json.loads(lone.p2pcache("init", "--json"))
+    os.kill(first["pid"], signal.SIGKILL)
+    assert eventually(lambda: not lone.status())
+    left = sorted(path.name for path in lone.directory.glob("*.sock"))
+    assert left == ["node.sock", "p2pcache.sock"]
+    assert lone.run("status").returncode == lone.run("peers").returncode == 1
+    assert lone.p2pcache("stop") == "no daemon was running\n"
+    with ThreadPoolExecutor(3) as pool:
+        said = [json.loads(text) for text in pool.map(lambda _: lone.p2pcache("init", "--json"), range(3))]
+    assert {status["pid"] for status in said} == {pid_of(lone)}
+    assert sorted(status["started"] for status in said) == [False, False, True]
+    assert (lone.directory / "daemon.lock").read_text() == str(pid_of(lone))
+    step = lone.step(origin.url + targets[0])
+    assert (step["sources"], step["imported"]) == (["origin"], [])
+
+
+@pytest.mark.parametrize("command", ["init", "node", "stop", "status", "peers", "discover"])
+def test_a_setting_that_cannot_be_used_ends_every_command_with_its_name(command: str, tmp_path: Path) -> None:
+    done = Runner(tmp_path / "a", tmp_path / "registry", CACHE_LISTEN_PORT="99999").run(command)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "CACHE_LISTEN_PORT must be a port number from 0 to 65535, not '99999'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "a").exists()
+
+
+def test_where_no_daemon_can_listen_init_says_why(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    (tmp_path / "taken" / "node.sock").mkdir(parents=True)
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    for name, why in (("file", "file"), ("taken", "exists, and is no socket"), ("open", "only this user can write")):
+        done = Runner(tmp_path / name, tmp_path / "registry").run("init")
+        assert done.returncode == 2
+        assert why in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_where_a_sockets_path_does_not_fit_commands_and_processes_find_the_daemon(
+    far_away: Runner, origin: Origin, targets: list[str]
+) -> None:
+    assert json.loads(far_away.p2pcache("status", "--json"))["pid"] == pid_of(far_away)
+    assert json.loads(far_away.p2pcache("init", "--json"))["started"] is False
+    step = far_away.step(origin.url + targets[0])
+    assert (step["imported"], step["stats"]["peer_id"]) == ([], far_away.status()["peer_id"])
+
+
+def test_what_is_in_the_directory_is_for_its_owner_alone_whatever_the_umask(
+    far_away: Runner, origin: Origin, targets: list[str]
+) -> None:
+    far_away.step(origin.url + targets[0])
+    door = Path(far_away.status()["door"])
+    found = [far_away.directory, *far_away.directory.rglob("*"), door.parent, door]
+    assert {"daemon.lock", "daemon.log", "p2pcache-v1.db"} < {path.name for path in found}
+    modes = {str(path): stat.S_IMODE(path.lstat().st_mode) for path in found}
+    expected = {str(path): 0o700 if path.is_dir() else 0o600 for path in found}
+    assert modes == expected
+
+
+def test_a_process_that_waits_for_the_daemon_shares_once_it_is_there_and_keeps_it_alive_without_a_word(
+    lone: Runner, client_of: Clients, targets: list[str]
+) -> None:
+    early = client_of(lone, CACHE_NODE="daemon")
+    early.get(targets[0])
+    assert not early.sees_the_daemon()
+    pid = json.loads(lone.p2pcache("init", "--idle", "3", "--json"))["pid"]
+    assert eventually(early.sees_the_daemon)
+    assert early.log.read_text().count("there is no daemon in CACHE_DIR yet") == 1
+    assert eventually(lambda: (status := lone.status())["now"] - status["since"] > 5, 30)
+    assert (pid_of(lone), lone.status()["processes"]) == (pid, 1)
+    early.do("stats")
+    early.kill()
+    assert eventually(lambda: not lone.status(), 30)
+    assert eventually(lambda: list(lone.directory.glob("*.sock")) == [])
+
+
+# What it is to processes
+
+
+def test_the_first_request_of_a_process_is_answered_by_a_peer_and_libp2p_is_never_imported(
+    pair: Pair, origin: Origin, targets: list[str]
+) -> None:
+    ours, theirs = pair
+    urls = [origin.url + target for target in targets[:4]]
+    theirs.step(urls[0], urls[2])
+    said = heard(ours.start(IMPORTING, *urls))
+    assert said == {"sources": ["peer", "origin", "peer", "origin"], "imported": []}
+    assert theirs.step(*urls)["sources"] == ["local", "peer", "local", "peer"]
+    assert len(origin.calls) == 4
+
+
+def test_ten_processes_at_once_with_tokens_of_their_own_pay_once_for_each_url(
+    pair: Pair, origin: Origin, targets: list[str]
+) -> None:
+    urls = [origin.url + target for target in targets[:20]]
+    steps = []
+    for number in range(10):
+        runner = pair[number % 2]
+        mine = runner.environment | {"CACHE_GITHUB_HOSTS": origin.netloc, "CACHE_LOOKUP_TIMEOUT": "2"}
+        code = STEP.replace(TOKEN, f"ghs_{number:036}")
+        command = [sys.executable, "-c", code, *urls]
+        steps.append(subprocess.Popen(command, env=mine, stdout=subprocess.PIPE, text=True))
+    right = [hashlib.sha256(origin.resources[target].body).hexdigest() for target in targets[:20]]
+    assert [heard(step)["sha256"] == right for step in steps] == [True] * 10
+    assert origin.counted() == 20
+
+
+def test_a_forked_child_shares_through_a_connection_of_its_own_and_its_parent_goes_on(
+    pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
+) -> None:
+    ours, theirs = pair
+    forking, other = client_of(ours), client_of(theirs)
+    for target in targets[:3]:
+        other.get(target)
+    forking.get(targets[0])
+    child = forking.do("fork")["child"]
+    assert child != forking.process.pid
+    assert forking.get(targets[1])["source"] == "peer"
+    assert eventually(lambda: ours.status()["processes"] == 2)
+    assert forking.get(targets[3])["source"] == "origin"
+    assert other.get(targets[3])["source"] == "peer"
+    forking.tell("exit")
+    assert forking.hear() == {"back": True}
+    assert eventually(lambda: ours.status()["processes"] == 1)
+    assert forking.get(targets[2])["source"] == "peer"
+    assert forking.get(targets[4])["source"] == "origin"
+    assert other.get(targets[4])["source"] == "peer"
+    assert [call.target for call in origin.calls] == targets[:5]
+
+
+def test_a_child_that_ends_does_not_give_back_what_its_parent_is_fetching(
+    pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
+) -> None:
+    forking, other = client_of(pair[0]), client_of(pair[1])
+    other.get(targets[1])
+    origin.latency = 3.0
+    forking.begin(targets[0])
+    forking.do("fork")
+    other.ask(targets[0])
+    forking.tell("exit")
+    assert forking.hear() == {"back": True}
+    assert other.right(targets[0], other.hear())["source"] == "peer"
+    forking.right(targets[0], forking.do("end"))
+    assert [call.target for call in origin.calls] == [targets[1], targets[0]]
+
+
+def test_a_write_is_seen_at_once_by_processes_that_have_the_old_state_in_memory(
+    pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
+) -> None:
+    ours, theirs = pair
+    readers = [client_of(ours), client_of(ours), client_of(theirs)]
+    for reader in readers:
+        reader.get(targets[0])
+        assert reader.get(targets[0])["source"] == "local"
+    assert len(origin.calls) == 1
+    for state in ('{"state": "closed"}', '{"state": "open again"}'):
+        written = ours.start(WRITE, origin.url + targets[0], state)
+        written.communicate(timeout=60)
+        assert written.returncode == 0
+        assert origin.resources[targets[0]].body == state.encode()
+        for reader in readers:
+            reader.get(targets[0])
+    assert [call.method for call in origin.calls] == ["GET", "POST", "GET", "POST", "GET"]
+
+
+@pytest.mark.parametrize("where", [pytest.param(0, id="of-the-same-runner"), pytest.param(1, id="of-another-runner")])
+def test_a_refusal_that_one_process_has_met_spares_the_call_of_another_that_is_running(
+    where: int, pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
+) -> None:
+    origin.resources[targets[0]].max_age = 0
+    refused, other = [client_of(pair[number], CACHE_GITHUB_HOSTS=origin.netloc) for number in (0, where)]
+    for client in (refused, other):
+        client.get(targets[0])
+    origin.limit = 1
+    refused.ask(targets[1])
+    assert refused.hear()["status"] == 403
+    calls = len(origin.calls)
+    assert eventually(lambda: [quota["refused_until"] > time.time() for quota in other.stat("quotas")] == [True])
+    assert other.get(targets[0])["source"] == "local"
+    assert len(origin.calls) == calls
+
+
+@pytest.mark.parametrize("where", [pytest.param(0, id="of-the-same-runner"), pytest.param(1, id="of-another-runner")])
+def test_a_refusal_that_one_process_has_met_spares_the_call_of_one_that_begins_later(
+    where: int, pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
+) -> None:
+    origin.resources[targets[0]].max_age = 0
+    for runner in pair:
+        client_of(runner, CACHE_GITHUB_HOSTS=origin.netloc).get(targets[0])
+    origin.limit = 1
+    refused = client_of(pair[0], CACHE_GITHUB_HOSTS=origin.netloc)
+    refused.ask(targets[1])
+    assert refused.hear()["status"] == 403
+    calls = len(origin.calls)
+    assert eventually(lambda: [q["refused_until"] > time.time() for q in pair[where].status()["quotas"]] == [True])
+    late = client_of(pair[where], CACHE_GITHUB_HOSTS=origin.netloc)
+    assert eventually(lambda: [quota["refused_until"] > time.time() for quota in late.stat("quotas")] == [True])
+    assert late.get(targets[0])["source"] == "local"
+    assert len(origin.calls) == calls
