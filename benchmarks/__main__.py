@@ -9,9 +9,16 @@ import sys
 import time
 from typing import Any
 
-from benchmarks import daemon, faults, fleet, hit, start
+from benchmarks import adapters, daemon, faults, fleet, hit, start
 
-BENCHMARKS = {"hit": hit.run, "start": start.run, "fleet": fleet.run, "faults": faults.run, "daemon": daemon.run}
+BENCHMARKS = {
+    "hit": hit.run,
+    "start": start.run,
+    "fleet": fleet.run,
+    "faults": faults.run,
+    "daemon": daemon.run,
+    "adapters": adapters.run,
+}
 LONG = {"soak": daemon.soak}  # only by name
 
 

@@ -121,12 +121,15 @@ class Ledger:
         return str(rows[0][0]) if rows else ""
 
     def clear(self) -> None:
-        """Begin to count anew."""
-        connection = self._open()
+        """Begin to count anew. Raises OSError if that is not possible."""
         try:
-            connection.execute("DELETE FROM counts")
-        finally:
-            connection.close()
+            connection = self._open()
+            try:
+                connection.execute("DELETE FROM counts")
+            finally:
+                connection.close()
+        except sqlite3.Error as exc:
+            raise OSError(f"{self._path.name}: {exc}") from exc
 
     def _select(self, sql: str, parameters: tuple[object, ...]) -> list[tuple[Any, ...]]:
         try:

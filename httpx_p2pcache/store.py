@@ -199,6 +199,8 @@ class Store:
             self._open()
             assert self._connection is not None
             try:
+                if self._connection.execute("PRAGMA database_list").fetchone()[2] == "":
+                    raise OSError("its file cannot be used")
                 self._connection.executescript(
                     "BEGIN IMMEDIATE; DELETE FROM streams; DELETE FROM entries; COMMIT; VACUUM;"
                 )

@@ -37,23 +37,28 @@ function routeGh (door) {
 
 function main () {
   mask(input('secret'))
+  const given = { CACHE_ENABLE_P2P: 'true' }
   for (const [name, variable] of Object.entries(VARIABLES)) {
-    if (input(name)) exportVariable(variable, input(name))
+    if (input(name)) given[variable] = input(name)
   }
-  exportVariable('CACHE_ENABLE_P2P', 'true')
   const python = input('python') || 'python3'
   saveState('python', python)
   if (!install(python)) return
-  const done = run(python, ['-m', 'httpx_p2pcache.cli', 'init', '--json', '--wait', input('wait') || '10'])
+  const wait = input('wait') || '10'
+  const env = { ...process.env, ...given }
+  const done = run(python, ['-m', 'httpx_p2pcache.cli', 'init', '--json', '--wait', wait], { env })
   if (done.status !== 0) return warn(`the daemon did not start: ${done.stderr.trim()}`)
   const status = JSON.parse(done.stdout)
+  // Not before: a value that cannot be used would fail the steps to come.
+  for (const [variable, value] of Object.entries(given)) exportVariable(variable, value)
   saveState('running', status.started ? 'ours' : 'found')
   exportVariable('CACHE_DIR', fs.realpathSync(status.cache_dir))
   setOutput('peer_id', status.peer_id || '')
   setOutput('peer_multiaddr', status.addresses.length ? `${status.addresses[0]}/p2p/${status.peer_id}` : '')
   setOutput('door', status.door)
   if (input('gh') === 'true') routeGh(status.door)
-  say(`sharing as ${status.peer_id} with ${status.connected_peers} peers; the door is ${status.door}`)
+  const who = status.p2p_enabled ? `sharing as ${status.peer_id} with ${status.connected_peers} peers` : 'a cache for this job alone'
+  say(`${who}; the door is ${status.door}`)
 }
 
 try {

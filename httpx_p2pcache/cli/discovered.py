@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import Any
 
 import base58
 
 from httpx_p2pcache.entries import Keyring
+from httpx_p2pcache.node.discovery import Sighting
 from httpx_p2pcache.node.discovery.registry import Registry
 from httpx_p2pcache.settings import Settings
 
@@ -17,6 +20,8 @@ def discovered(settings: Settings, status: dict[str, Any] | None) -> list[dict[s
 
     def add(peer_id: str, addresses: list[str], how: str) -> None:
         for address in addresses:
+            if not _ADDRESS.fullmatch(address) or not _is_peer_id(peer_id):
+                continue
             multiaddr = f"{address}/p2p/{peer_id}"
             found.setdefault(multiaddr, {"multiaddr": multiaddr, "peer_id": peer_id, "how": how})
 
@@ -25,10 +30,29 @@ def discovered(settings: Settings, status: dict[str, Any] | None) -> list[dict[s
     if settings.shared_secret:
         keyring = Keyring(settings.shared_secret.encode(), settings.fleet)
         registry = Registry(settings.peer_registry or settings.dir / "peers", keyring, settings.peer_ttl)
-        for sighting in registry.find():
+        for sighting in _found(registry):
             add(base58.b58encode(sighting.peer_id).decode(), list(sighting.addresses), "registry")
     for text in settings.bootstrap_peers:
         address, _, peer_id = text.rpartition("/p2p/")
         add(peer_id, [address], "bootstrap")
     own = status and status["peer_id"]
     return [peer for peer in found.values() if peer["peer_id"] != own]
+
+
+_ADDRESS = re.compile(r"/(?:ip4|ip6|dns|dns4|dns6|dnsaddr)/[A-Za-z0-9.:_%-]+(?:/tcp/\d{1,5})?")
+
+
+def _is_peer_id(text: str) -> bool:
+    """Whether ``text`` is a peer ID: the base58 of a multihash."""
+    try:
+        return len(base58.b58decode(text)) in (34, 38, 39)
+    except ValueError:
+        return False
+
+
+def _found(registry: Registry) -> list[Sighting]:
+    try:
+        return registry.find()
+    except OSError as exc:
+        print(f"p2pcache: the registry cannot be read: {exc}", file=sys.stderr)
+        return []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, List, Optional  # noqa: UP035 - Typer reads them on Python 3.10 as well
 from urllib.parse import urlsplit
@@ -11,6 +13,7 @@ import msgspec
 import typer
 
 from httpx_p2pcache.cli.show import fail, settings_or_exit
+from httpx_p2pcache.entries import is_credential, same_origin
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.sockets import node_socket
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 MAX_PAGES = 1000
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
+_VALUE = re.compile(r"[\t\x20-\x7e]*")
 
 
 @app.command()
@@ -48,17 +53,23 @@ def get(
     if url.startswith("/") and origins:
         host, scheme = next(iter(origins.items()))
         url = f"{scheme}://{host}{url}"
-    if urlsplit(url).scheme not in ("http", "https"):
-        fail(f"a URL begins with http:// or https://, and a path with /: {url!r} does not", 2)
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https")
+    except ValueError:
+        known = False
+    if not known:
+        fail("a URL begins with http:// or https://, and a path with /", 2)
     fields = _fields(url, header or [], settings, fresh)
     if not node_socket(settings.dir).exists():  # a node of our own would start for longer than the call takes
         settings = msgspec.structs.replace(settings, enable_p2p=False)
+        logging.getLogger("httpx_p2pcache").setLevel(logging.ERROR)  # that it is off is our own doing
     transport = P2PCacheTransport(settings=settings)
     try:
         with httpx.Client(transport=transport, headers=fields, timeout=timeout, follow_redirects=True) as client:
             failed = _print(client, url, include, paginate)
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
-        fail(f"{url.partition('?')[0]}: {type(exc).__name__}: {exc}", 2)
+        fail(f"{parts.netloc.rpartition('@')[2]}{parts.path}: {type(exc).__name__}: {exc}", 2)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -66,11 +77,12 @@ def _fields(url: str, header: list[str], settings: Settings, fresh: bool) -> lis
     fields = []
     for line in header:
         name, colon, value = line.partition(":")
-        if not colon or not name.strip():
-            fail(f"a header is written as 'Name: value', not {name!r}", 2)
+        if not colon or not _NAME.fullmatch(name.strip()) or not _VALUE.fullmatch(value.strip()):
+            fail("a header is written as 'Name: value', in ASCII", 2)
         fields.append((name.strip(), value.strip()))
     given = {name.lower() for name, _ in fields}
-    if urlsplit(url).netloc in settings.origins():
+    parts = urlsplit(url)
+    if settings.origins().get(parts.netloc.lower()) == parts.scheme:
         token = os.environ.get("GH_TOKEN") or os.environ.get("GITHUB_TOKEN")
         if token and "authorization" not in given:
             fields.append(("Authorization", f"Bearer {token}"))
@@ -84,8 +96,11 @@ def _fields(url: str, header: list[str], settings: Settings, fresh: bool) -> lis
 def _print(client: httpx.Client, url: str, include: bool, paginate: bool) -> bool:
     """Print the answer, or all pages; whether one was an error."""
     bodies: list[bytes] = []
-    failed = False
+    failed, first = False, url
     for _ in range(MAX_PAGES):
+        if not same_origin(url, first):  # a token is for the host that was asked
+            for name in [name for name in client.headers if is_credential(name)]:
+                del client.headers[name]
         response = client.get(url)
         failed = failed or response.status_code >= 400
         if include:

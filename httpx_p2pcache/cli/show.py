@@ -15,27 +15,28 @@ from httpx_p2pcache.exceptions import SettingsError
 from httpx_p2pcache.settings import Settings
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-_MARKUP = re.compile(r"\[/?[a-z ]*\]")
+_BOLD = re.compile(r"(\[bold[a-z ]*\])([^\[\]]*)\[/\]")  # the one markup that our own cells have
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "", *, numbers: bool = True) -> None:
     """Rows under named columns; ``numbers``: all columns but the first are aligned to the right.
 
-    Cells may have rich's markup, which a pipe does not get.
+    A cell may be bold, as rich writes it, which a pipe does not get; anything else is shown as it is.
     """
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
 
         shown = Table(title=title or None)
         for number, column in enumerate(columns):
             shown.add_column(column, justify="right" if numbers and number else "left")
         for row in cells:
-            shown.add_row(*row)
+            shown.add_row(*(cell if _BOLD.fullmatch(cell) else escape(cell) for cell in row))
         Console().print(shown)
         return
-    plain = [[_MARKUP.sub("", cell) for cell in row] for row in [list(columns), *cells]]
+    plain = [[_BOLD.sub(r"\2", cell) for cell in row] for row in [list(columns), *cells]]
     widths = [max(map(len, column)) for column in zip(*plain, strict=True)]
     if title:
         print(title)
@@ -50,7 +51,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str =
 def facts(rows: Iterable[tuple[str, str]]) -> None:
     """Names and what is so, a line each."""
     for name, text in rows:
-        print(f"{name + ':':14} {text}")
+        print(f"{name + ':':14} {printable(text)}")
+
+
+def printable(text: str) -> str:
+    """``text`` without what commands a terminal: peers and origins choose their own names."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def print_json(value: object) -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import secrets
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -44,11 +45,19 @@ def verify(as_json: Json = False) -> None:
     for check in _checks():
         checks.append(check)
         if not as_json:
-            mark = {True: "✓", False: "✗", None: "-"}[check.right]
-            print(f"{mark} {check.about}: {check.said}", flush=True)
+            print(f"{_mark(check.right)} {check.about}: {check.said}", flush=True)
     if as_json:
         print_json(checks)
     raise typer.Exit(0 if all(check.right is not False for check in checks) else 1)
+
+
+def _mark(right: bool | None) -> str:
+    mark = {True: "✓", False: "✗", None: "-"}[right]
+    try:
+        mark.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return {True: "yes", False: "NO", None: "-"}[right]
+    return mark
 
 
 def _checks() -> Iterator[Check]:

@@ -221,9 +221,9 @@ def test_figures_agree_over_processes_endpoints_and_runners(fleet: tuple[Runner,
             assert sum(minute[name] for minute in one["minutes"]) == total[name]
 
     def agree() -> bool:  # what the daemons count themselves is written down within a second
-        totals = [json.loads(runner.p2pcache("stats", "--json"))["total"] for runner in fleet]
+        totals = [json.loads(invoke(runner, "stats", "--json").stdout)["total"] for runner in fleet]
         sums = {name: sum(total[name] for total in totals) for name in COUNTERS}
-        told = [json.loads(runner.p2pcache("stats", "--fleet", "--json"))["total"] for runner in fleet]
+        told = [json.loads(invoke(runner, "stats", "--fleet", "--json").stdout)["total"] for runner in fleet]
         return all({name: total[name] for name in COUNTERS} == sums for total in told)
 
     assert eventually(agree, 30)
@@ -256,15 +256,15 @@ def test_discovered_peers_can_be_bootstrapped_from(fleet: tuple[Runner, Runner])
     multiaddr = f"{address}/p2p/{theirs.status()['peer_id']}"
     assert ours.p2pcache("discover") == f"{multiaddr}\n"
     third = Runner(ours.directory / "third", Path(ours.environment["CACHE_PEER_REGISTRY"]))
-    found = json.loads(third.p2pcache("discover", "--json"))
+    found = json.loads(invoke(third, "discover", "--json").stdout)
     assert {(peer["peer_id"], peer["how"]) for peer in found} == {
         (runner.status()["peer_id"], "registry") for runner in fleet
     }
-    assert len(third.p2pcache("discover", "1").splitlines()) == 1
+    assert len(invoke(third, "discover", "1").stdout.splitlines()) == 1
     stranger = Runner(third.directory, Path(ours.environment["CACHE_PEER_REGISTRY"]), CACHE_SHARED_SECRET="6f" * 32)
-    assert stranger.run("discover").returncode == 1
+    assert invoke(stranger, "discover").exit_code == 1
     stranger.environment["CACHE_BOOTSTRAP_PEERS"] = multiaddr
-    assert json.loads(stranger.p2pcache("discover", "--json")) == [
+    assert json.loads(invoke(stranger, "discover", "--json").stdout) == [
         {"multiaddr": multiaddr, "peer_id": theirs.status()["peer_id"], "how": "bootstrap"}
     ]
 
@@ -288,7 +288,7 @@ def test_what_a_peer_says_of_itself_does_not_command_the_terminal(tmp_path: Path
         theirs.p2pcache("init")
         assert eventually(lambda: ours.status().get("connected_peers") == 1, 30)
         for command in ("peers", "discover"):
-            said = ours.p2pcache(command)
+            said = invoke(ours, command).stdout
             assert "\x1b" not in said
             assert not any(line.startswith("false") for line in said.splitlines())
         assert on_a_terminal(ours, "peers")[0] == 0
@@ -356,7 +356,7 @@ def test_get_prints_the_fields_on_request_and_sends_those_that_are_given(alone: 
 
 def test_get_has_it_validated_on_request(alone: Runner, origin: Origin) -> None:
     target = "/repos/octo-org/repo-9"
-    bodies = {alone.p2pcache("get", target, *options) for options in ([], [], ["--fresh"])}
+    bodies = {invoke(alone, "get", target, *options).stdout for options in ([], [], ["--fresh"])}
     assert bodies == {origin.resources[target].body.decode()}
     assert calls_for(origin, target) == [(f"Bearer {TOKEN}", 200), (f"Bearer {TOKEN}", 304)]
 

@@ -31,21 +31,30 @@ pytest.importorskip("libp2p")
 pytestmark = pytest.mark.p2p
 
 PROMPT = 3.0  # lookup_timeout of 0.25 s, the origin's answer, and a generous margin
+SHARED = ("local", "peer")  # what a peer has paid for may have been handed to us before we ask
 SECRET = "5e" * 32  # of the runners in ``daemons``
 ANOTHER = "07" * 32
 
-# A step that uses both kinds of client, and says at the very end what it has imported.
+# A step that uses both kinds of client, and says at the very end what it has imported. It reaches the origin without
+# httpcore, which imports trio itself where that is installed.
 IMPORTING = f"""
-import asyncio, json, sys
+import asyncio, json, sys, urllib.request
 import httpx
 from httpx_p2pcache import P2PCacheTransport
-headers = {{"Authorization": "Bearer {TOKEN}"}}
-client = httpx.Client(transport=P2PCacheTransport(), headers=headers, timeout=30)
-sources = [client.get(url).extensions["caching"]["source"] for url in sys.argv[1:3]]
+
+def fetched(request):
+    asked = urllib.request.Request(str(request.url), headers={{"Authorization": request.headers["authorization"]}})
+    with urllib.request.urlopen(asked) as response:
+        return httpx.Response(response.status, headers=response.getheaders(), content=response.read())
+
 async def more():
-    async with httpx.AsyncClient(transport=P2PCacheTransport(), headers=headers, timeout=30) as client:
+    async with httpx.AsyncClient(transport=P2PCacheTransport(httpx.MockTransport(fetched)), headers=headers) as client:
         for url in sys.argv[3:]:
             sources.append((await client.get(url)).extensions["caching"]["source"])
+
+headers = {{"Authorization": "Bearer {TOKEN}"}}
+client = httpx.Client(transport=P2PCacheTransport(httpx.MockTransport(fetched)), headers=headers)
+sources = [client.get(url).extensions["caching"]["source"] for url in sys.argv[1:3]]
 asyncio.run(more())
 client.close()
 imported = [name for name in ("libp2p", "trio", "multiaddr") if name in sys.modules]
@@ -105,6 +114,13 @@ class Client:
         self.tell(what, **more)
         return self.hear()
 
+    def exit(self) -> float:
+        """Have it end in order; the seconds that took."""
+        began = time.monotonic()
+        self.tell("exit")
+        assert self.process.wait(60) == 0, self.log.read_text()
+        return time.monotonic() - began
+
     def stat(self, name: str) -> Any:
         return self.do("stats")[name]
 
@@ -130,6 +146,10 @@ class Client:
 
     def sees_the_daemon(self) -> bool:
         return self.stat("peer_id") is not None
+
+    def shares_again(self, peers: int = 1) -> bool:
+        """Whether it comes to be served by a daemon that knows its peers."""
+        return eventually(lambda: self.do("join")["joined"] and self.stat("connected_peers") == peers, 30)
 
     def kill(self) -> None:
         self.process.kill()
@@ -346,14 +366,19 @@ def test_a_process_that_waits_for_the_daemon_shares_once_it_is_there_and_keeps_i
 
 
 def test_the_first_request_of_a_process_is_answered_by_a_peer_and_libp2p_is_never_imported(
-    pair: Pair, origin: Origin, targets: list[str]
+    pair: Pair, origin: Origin, targets: list[str], tmp_path: Path
 ) -> None:
-    ours, theirs = pair
     urls = [origin.url + target for target in targets[:4]]
+    theirs = pair[0]
     theirs.step(urls[0], urls[2])
-    said = heard(ours.start(IMPORTING, *urls))
+    late = Runner(tmp_path / "late", Path(theirs.environment["CACHE_PEER_REGISTRY"]))
+    try:
+        late.p2pcache("init")
+        said = heard(late.start(IMPORTING, *urls))
+    finally:
+        ended(late)
     assert said == {"sources": ["peer", "origin", "peer", "origin"], "imported": []}
-    assert theirs.step(*urls)["sources"] == ["local", "peer", "local", "peer"]
+    assert theirs.step(*urls)["sources"] == ["local"] * 4
     assert len(origin.calls) == 4
 
 
@@ -383,16 +408,16 @@ def test_a_forked_child_shares_through_a_connection_of_its_own_and_its_parent_go
     forking.get(targets[0])
     child = forking.do("fork")["child"]
     assert child != forking.process.pid
-    assert forking.get(targets[1])["source"] == "peer"
+    assert forking.get(targets[1])["source"] in SHARED
     assert eventually(lambda: ours.status()["processes"] == 2)
     assert forking.get(targets[3])["source"] == "origin"
-    assert other.get(targets[3])["source"] == "peer"
+    assert other.get(targets[3])["source"] in SHARED
     forking.tell("exit")
     assert forking.hear() == {"back": True}
     assert eventually(lambda: ours.status()["processes"] == 1)
-    assert forking.get(targets[2])["source"] == "peer"
+    assert forking.get(targets[2])["source"] in SHARED
     assert forking.get(targets[4])["source"] == "origin"
-    assert other.get(targets[4])["source"] == "peer"
+    assert other.get(targets[4])["source"] in SHARED
     assert [call.target for call in origin.calls] == targets[:5]
 
 
@@ -407,7 +432,7 @@ def test_a_child_that_ends_does_not_give_back_what_its_parent_is_fetching(
     other.ask(targets[0])
     forking.tell("exit")
     assert forking.hear() == {"back": True}
-    assert other.right(targets[0], other.hear())["source"] == "peer"
+    assert other.right(targets[0], other.hear())["source"] in SHARED
     forking.right(targets[0], forking.do("end"))
     assert [call.target for call in origin.calls] == [targets[1], targets[0]]
 
@@ -431,37 +456,264 @@ def test_a_write_is_seen_at_once_by_processes_that_have_the_old_state_in_memory(
     assert [call.method for call in origin.calls] == ["GET", "POST", "GET", "POST", "GET"]
 
 
-@pytest.mark.parametrize("where", [pytest.param(0, id="of-the-same-runner"), pytest.param(1, id="of-another-runner")])
+# Each with a limit and a token of its own, as the daemons remember what the test before has told them.
+@pytest.mark.parametrize(("limit", "where"), [(11, 0), (12, 1)], ids=["of-the-same-runner", "of-another-runner"])
 def test_a_refusal_that_one_process_has_met_spares_the_call_of_another_that_is_running(
-    where: int, pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
+    limit: int, where: int, pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
 ) -> None:
     origin.resources[targets[0]].max_age = 0
-    refused, other = [client_of(pair[number], CACHE_GITHUB_HOSTS=origin.netloc) for number in (0, where)]
-    for client in (refused, other):
-        client.get(targets[0])
-    origin.limit = 1
-    refused.ask(targets[1])
-    assert refused.hear()["status"] == 403
+    mine = {"CACHE_GITHUB_HOSTS": origin.netloc, "TEST_TOKEN": f"ghp_{limit:036}"}
+    refused, other = client_of(pair[0], **mine), client_of(pair[where], **mine)
+    other.get(targets[0])
+    use_up(refused, origin, limit)
+    assert eventually(lambda: knows(other.stat("quotas"), limit))
     calls = len(origin.calls)
-    assert eventually(lambda: [quota["refused_until"] > time.time() for quota in other.stat("quotas")] == [True])
     assert other.get(targets[0])["source"] == "local"
     assert len(origin.calls) == calls
 
 
-@pytest.mark.parametrize("where", [pytest.param(0, id="of-the-same-runner"), pytest.param(1, id="of-another-runner")])
+@pytest.mark.parametrize(("limit", "where"), [(13, 0), (14, 1)], ids=["of-the-same-runner", "of-another-runner"])
 def test_a_refusal_that_one_process_has_met_spares_the_call_of_one_that_begins_later(
-    where: int, pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
+    limit: int, where: int, pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
 ) -> None:
     origin.resources[targets[0]].max_age = 0
-    for runner in pair:
-        client_of(runner, CACHE_GITHUB_HOSTS=origin.netloc).get(targets[0])
-    origin.limit = 1
-    refused = client_of(pair[0], CACHE_GITHUB_HOSTS=origin.netloc)
-    refused.ask(targets[1])
-    assert refused.hear()["status"] == 403
+    mine = {"CACHE_GITHUB_HOSTS": origin.netloc, "TEST_TOKEN": f"ghp_{limit:036}"}
+    client_of(pair[where], **mine).get(targets[0])
+    use_up(client_of(pair[0], **mine), origin, limit)
+    assert eventually(lambda: knows(pair[where].status()["quotas"], limit))
+    late = client_of(pair[where], **mine)
+    assert eventually(lambda: knows(late.stat("quotas"), limit))
     calls = len(origin.calls)
-    assert eventually(lambda: [q["refused_until"] > time.time() for q in pair[where].status()["quotas"]] == [True])
-    late = client_of(pair[where], CACHE_GITHUB_HOSTS=origin.netloc)
-    assert eventually(lambda: [quota["refused_until"] > time.time() for quota in late.stat("quotas")] == [True])
     assert late.get(targets[0])["source"] == "local"
     assert len(origin.calls) == calls
+
+
+def use_up(client: Client, origin: Origin, limit: int) -> None:
+    """Make calls until the origin refuses."""
+    targets = iter(list(origin.resources)[1:])
+    while origin.counted() < limit:
+        client.get(next(targets))
+    origin.limit = limit
+    client.ask(next(targets))
+    assert client.hear()["status"] == 403
+
+
+def knows(quotas: list[dict[str, Any]], limit: int) -> bool:
+    return [quota["refused_until"] > time.time() for quota in quotas if quota["limit"] == limit] == [True]
+
+
+# When it is killed, frozen, or told to stop
+
+
+def test_a_daemon_killed_while_processes_ask_fails_and_delays_no_request_and_the_next_one_serves_them_all(
+    pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
+) -> None:
+    ours, theirs = pair
+    clients, other = [client_of(ours) for _ in range(3)], client_of(theirs)
+    assert all(client.sees_the_daemon() for client in clients)
+    origin.latency = 0.02
+    asked = [targets[:50], targets[25:50] + targets[:25], targets[49::-1]]
+    for client, order in zip(clients, asked, strict=True):
+        for target in order:
+            client.ask(target)
+    assert eventually(lambda: len(origin.calls) >= 15)
+    os.kill(pid_of(ours), signal.SIGKILL)
+    for client, order in zip(clients, asked, strict=True):
+        answers = [client.right(target, client.hear()) for target in order]
+        assert max(answer["seconds"] for answer in answers) < PROMPT
+    assert not any(client.sees_the_daemon() for client in clients)
+    first = clients[0].get(targets[50])
+    assert first["source"] == "origin"
+    ours.p2pcache("init")
+    assert [client.shares_again() for client in (*clients, other)] == [True] * 4
+    calls = len(origin.calls)
+    other.get(targets[51])
+    assert [client.get(targets[51])["source"] in SHARED for client in clients] == [True] * 3
+    clients[0].get(targets[52])
+    assert other.get(targets[52])["source"] in SHARED
+    assert len(origin.calls) == calls + 2
+
+
+def test_those_who_wait_for_anothers_call_when_the_daemon_is_killed_go_on_at_once(
+    pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
+) -> None:
+    patient = {"CACHE_CLAIM_TIMEOUT": "60"}
+    fetching, *waiting = [client_of(pair[number], **patient) for number in (1, 0, 0)]
+    origin.latency = 30.0
+    fetching.begin(targets[0])
+    origin.latency = 0.0
+    for client in waiting:
+        client.ask(targets[0], "begin")
+        assert client.hear() == {"begun": True}
+    for client in waiting:
+        client.tell("stats")
+        assert client.hear()["origin_calls"] == 0
+    os.kill(pid_of(pair[0]), signal.SIGKILL)
+    for client in waiting:
+        answer = client.right(targets[0], client.do("end"))
+        assert (answer["source"], answer["seconds"] < 10) == ("origin", True)
+
+
+def test_a_daemon_that_is_stopped_hands_over_what_was_published_and_its_processes_come_back_to_the_next(
+    pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
+) -> None:
+    ours, theirs = pair
+    staying, other = client_of(ours), client_of(theirs)
+    for target in targets[:20]:
+        staying.get(target)
+    assert ours.p2pcache("stop") == "the daemon has ended\n"
+    assert not staying.sees_the_daemon()
+    assert {other.get(target)["source"] for target in targets[:20]} <= set(SHARED)
+    staying.get(targets[20])
+    ours.p2pcache("init")
+    assert staying.shares_again()
+    assert other.shares_again()
+    staying.get(targets[21])
+    assert other.get(targets[21])["source"] in SHARED
+    assert len(origin.calls) == 22
+
+
+def test_a_frozen_daemon_delays_no_request_no_start_and_no_end_for_long_and_is_used_again(
+    pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
+) -> None:
+    ours, theirs = pair
+    staying, ending, other = client_of(ours), client_of(ours), client_of(theirs)
+    for target in targets[30:33]:
+        origin.resources[target] = Resource(os.urandom(4_000_000))
+    assert staying.sees_the_daemon()
+    assert ending.sees_the_daemon()
+    with frozen(ours):
+        answers = [staying.get(target) for target in targets[:15]]
+        assert max(answer["seconds"] for answer in answers) < PROMPT
+        assert [answer["source"] for answer in answers] == ["origin"] * 15
+        late = client_of(ours)
+        assert late.get(targets[15])["seconds"] < PROMPT
+        written = ours.start(WRITE, origin.url + targets[0], "{}")
+        written.communicate(timeout=60)
+        assert written.returncode == 0
+        for target in targets[30:33]:
+            ending.get(target)
+        assert max(ending.exit(), late.exit()) < 10
+    assert staying.shares_again()
+    assert other.shares_again()
+    calls = len(origin.calls)
+    other.get(targets[40])
+    staying.get(targets[41])
+    assert eventually(lambda: staying.get(targets[40])["source"] in SHARED)
+    assert other.get(targets[41])["source"] in SHARED
+    assert len(origin.calls) == calls + 2
+
+
+def test_when_the_process_that_fetches_is_killed_one_of_those_who_wait_fetches_for_all(
+    pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
+) -> None:
+    ours, theirs = pair
+    patient = {"CACHE_CLAIM_TIMEOUT": "60"}
+    fetching, *waiting = [client_of(runner, **patient) for runner in (ours, ours, ours, theirs)]
+    fetching.get(targets[1])  # so that it has a connection to the origin
+    origin.latency = 1.5
+    fetching.begin(targets[0])
+    for client in waiting:
+        client.ask(targets[0], "begin")
+        assert client.hear() == {"begun": True}
+    assert [client.stat("origin_calls") for client in waiting] == [0, 0, 0]
+    fetching.kill()
+    answers = [client.right(targets[0], client.do("end")) for client in waiting]
+    assert max(answer["seconds"] for answer in answers) < 30
+    assert sum(client.stat("origin_calls") for client in waiting) == 1
+    assert eventually(lambda: [call.target for call in origin.calls] == [targets[1], targets[0], targets[0]])
+
+
+# Those who do not belong to it
+
+
+@pytest.mark.parametrize("changes", [{"CACHE_SHARED_SECRET": ANOTHER}, {"CACHE_FLEET": "another"}], ids=str)
+def test_a_process_of_another_fleet_does_not_use_it_and_says_so_once(
+    changes: dict[str, str], pair: Pair, origin: Origin, targets: list[str]
+) -> None:
+    ours = pair[0]
+    registry = {"CACHE_PEER_REGISTRY": str(ours.directory.parent / "another-registry")}
+    for where in ("auto", "daemon"):
+        mine = ours.environment | changes | registry | {"CACHE_NODE": where}
+        done = subprocess.run(
+            [sys.executable, "-c", TWO, origin.url + targets[0]], env=mine, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0
+        assert done.stdout == f"{origin.resources[targets[0]].body.decode()}\n" * 2
+        assert done.stderr.count("is not for this process: CACHE_SHARED_SECRET or CACHE_FLEET differ") == 1
+        assert done.stderr.count("\n") == 1
+    assert ours.status()["processes"] == 0
+    ours.step(origin.url + targets[1])
+
+
+def test_a_daemon_of_another_fleet_that_says_so_late_is_waited_for_no_longer(
+    pair: Pair, client_of: Clients, targets: list[str]
+) -> None:
+    with frozen(pair[0]):
+        stranger = client_of(pair[0], CACHE_SHARED_SECRET=ANOTHER)
+        assert stranger.stat("requests") == 0
+    began = time.monotonic()
+    assert eventually(lambda: "CACHE_SHARED_SECRET or CACHE_FLEET differ" in stranger.log.read_text())
+    assert stranger.do("join") == {"joined": False}
+    assert time.monotonic() - began < 20  # and not the half minute that it is willing to wait
+    stranger.get(targets[0])
+    assert stranger.log.read_text().count("\n") == 1
+
+
+ADMITTED = pack(Attach(VERSION, Keyring(SECRET.encode(), "default").label))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        pytest.param(b"\xff\xff\xff\xff", id="a-huge-length"),
+        pytest.param(b"\x00\x00\x00\x05" + b"abcde", id="rubbish"),
+        pytest.param(b"\x00\x00\x00\x00", id="an-empty-frame"),
+        pytest.param(b"\x00\x00\x10\x00" + b"\x91" * 4096, id="arrays-in-arrays"),
+        pytest.param(ADMITTED, id="a-second-greeting"),
+    ],
+)
+def test_a_process_that_is_attached_and_talks_rubbish_is_shown_out_alone(
+    said: bytes, pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
+) -> None:
+    ours = pair[0]
+    pid, staying = pid_of(ours), client_of(ours)
+    assert staying.sees_the_daemon()
+    with stranger_to(ours) as stranger:
+        stranger.sendall(ADMITTED)
+        assert stranger.recv(4) != b""
+        stranger.sendall(said)
+        assert shown_out(stranger)
+    assert eventually(lambda: ours.status()["processes"] == 1)
+    assert (pid_of(ours), staying.sees_the_daemon()) == (pid, True)
+    staying.get(targets[0])
+
+
+def test_hundreds_who_say_nothing_or_half_a_word_are_shown_out_and_keep_nobody_from_being_served(
+    pair: Pair, origin: Origin, targets: list[str]
+) -> None:
+    ours, theirs = pair
+    pid = pid_of(ours)
+    theirs.step(origin.url + targets[0])
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(stranger_to(ours)) for _ in range(200)]
+        for number, stranger in enumerate(silent):
+            stranger.sendall(ADMITTED[: number % 8])
+        assert ours.step(origin.url + targets[0])["sources"][0] in SHARED
+        assert all(shown_out(stranger) for stranger in silent)
+    assert (pid_of(ours), ours.status()["processes"]) == (pid, 0)
+
+
+def test_a_process_that_never_reads_what_it_is_told_leaves_the_others_alone(
+    pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
+) -> None:
+    ours, theirs = pair
+    staying, other = client_of(ours), client_of(theirs)
+    with stranger_to(ours) as deaf:
+        deaf.sendall(ADMITTED)
+        assert eventually(lambda: ours.status()["processes"] == 2)
+        for target in targets[:10]:
+            other.get(target)
+            assert staying.get(target)["source"] in SHARED
+    assert eventually(lambda: ours.status()["processes"] == 1)
+    assert len(origin.calls) == 10

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -95,7 +96,7 @@ class Server:
         return State(active=self._network.active, status=self._network.status())
 
     async def _take_in(self, stream: trio.SocketStream) -> None:
-        process = _Process(self._network, self._store, stream)
+        process = _Process(self._network, self._store, self._quotas, stream)
         try:
             async with trio.open_nursery() as nursery:
                 admitted = False
@@ -133,8 +134,8 @@ class Server:
 class _Process:
     """One process that is attached: its calls, and the claims that it has."""
 
-    def __init__(self, network: PeerNetwork, store: Store, stream: trio.SocketStream) -> None:
-        self._network, self._store, self._stream = network, store, stream
+    def __init__(self, network: PeerNetwork, store: Store, quotas: QuotaBoard, stream: trio.SocketStream) -> None:
+        self._network, self._store, self._quotas, self._stream = network, store, quotas, stream
         self._token = trio.lowlevel.current_trio_token()
         self._unread: deque[bytes] = deque()
         self._something = trio.Event()
@@ -188,6 +189,7 @@ class _Process:
             told = self._network.invalidate(frame.keys)
             self._when_done(told, lambda _: self.tell(Done(frame.call)))
         elif isinstance(frame, TellQuota):
+            self._quotas.merge(frame.quota, time.time())  # which tells the other processes
             self._network.tell_quota(frame.quota)
         else:
             raise Rejected("a process attaches once")
