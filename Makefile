@@ -10,7 +10,7 @@ HAR ?=
 OWN_TOKENS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint typecheck check bench lock clean
+.PHONY: help setup demo test coverage lint typecheck check bench soak lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ demo: $(READY) ## five runners share what one has paid for (RUNNERS=, URLS=, HAR
 	@$(BIN)/p2pcache demo --runners $(RUNNERS) --urls $(URLS) $(if $(HAR),--har $(HAR)) $(if $(OWN_TOKENS),--own-tokens)
 
 test: $(READY) lint typecheck ## lint, types and every test
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+coverage: $(READY) ## every test, one after another, and which lines they reach
 	@$(BIN)/coverage run -m pytest
 	@$(BIN)/coverage report --skip-covered | tail -n 40
 
@@ -46,6 +49,9 @@ typecheck: $(READY) ## mypy, strict
 
 bench: $(READY) ## what a hit, a miss and an import cost, beside hishel
 	@$(BIN)/python -m benchmarks
+
+soak: $(READY) ## a daemon under 100 requests a second for ten minutes
+	@$(BIN)/python -m benchmarks soak
 
 lock: $(READY) ## pin every dependency anew
 	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.10 \

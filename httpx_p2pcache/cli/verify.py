@@ -153,6 +153,7 @@ def _round_trip() -> Check:
                     fleet=name,
                     listen_host="127.0.0.1",
                     listen_port=0,
+                    lookup_timeout=5.0,  # whether it works is the question, not how fast this machine is now
                     node="embedded",
                 )
             )
@@ -165,9 +166,9 @@ def _round_trip() -> Check:
             _until(lambda: first.stats()["connected_peers"] == 1 == second.stats()["connected_peers"])
             body = one.get(url).content
             answer = two.get(url)
-    source = answer.extensions["caching"]["source"]
-    if source != "peer" or answer.content != body:
-        return Check("round trip", False, f"the second node got it from {source}: is this machine very busy?")
+        calls = len(origin.calls)
+    if calls != 1 or answer.content != body:
+        return Check("round trip", False, "the second node had to ask the origin: is this machine very busy?")
     return Check("round trip", True, "what one node fetched, a second got from it, sealed, over libp2p")
 
 

@@ -98,7 +98,7 @@ def test_what_needs_the_daemon_says_so(runner: Runner) -> None:
 
 def test_verify_says_yes_where_all_is_well_and_what_to_do_where_not(runner: Runner) -> None:
     done = runner.run("verify")
-    assert (done.returncode, done.stdout.count("✗")) == (0, 0)
+    assert (done.returncode, done.stdout.count("✗")) == (0, 0), done.stdout
     assert "✓ round trip: what one node fetched, a second got from it" in done.stdout
     del runner.environment["CACHE_SHARED_SECRET"]
     bad = Runner(runner.directory, runner.directory / "p2pcache-v1.db" / "no-directory", CACHE_SHARED_SECRET="short")

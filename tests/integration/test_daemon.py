@@ -30,7 +30,7 @@ pytest.importorskip("libp2p")
 
 pytestmark = pytest.mark.p2p
 
-PROMPT = 3.0  # lookup_timeout of 0.25 s, the origin's answer, and a generous margin
+PROMPT = 10.0  # seconds: CACHE_LOOKUP_TIMEOUT, the origin's answer, and a generous margin
 SHARED = ("local", "peer")  # what a peer has paid for may have been handed to us before we ask
 SECRET = "5e" * 32  # of the runners in ``daemons``
 ANOTHER = "07" * 32
@@ -195,7 +195,7 @@ def client_of(origin: Origin, tmp_path: Path) -> Iterator[Clients]:
 @pytest.fixture
 def lone(tmp_path: Path) -> Iterator[Runner]:
     """A runner without a daemon so far."""
-    runner = Runner(tmp_path / "lone", tmp_path / "registry")
+    runner = runner_at(tmp_path / "lone")
     try:
         yield runner
     finally:
@@ -205,7 +205,7 @@ def lone(tmp_path: Path) -> Iterator[Runner]:
 @pytest.fixture(scope="module")
 def two_runners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     root = tmp_path_factory.mktemp("two")
-    runners = Runner(root / "a", root / "registry"), Runner(root / "b", root / "registry")
+    runners = runner_at(root / "a"), runner_at(root / "b")
     try:
         yield runners
     finally:
@@ -229,7 +229,7 @@ def pair(two_runners: Pair) -> Pair:
 def far_away(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     """A runner whose directory has too long a name for a socket, and whose umask forbids nobody anything."""
     root = tmp_path_factory.mktemp("far")
-    runner = Runner(root / ("d" * 60) / ("e" * 60), root / "registry")
+    runner = runner_at(root / ("d" * 120))
     before = os.umask(0)
     try:
         runner.p2pcache("init")
@@ -237,6 +237,12 @@ def far_away(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     finally:
         os.umask(before)
         ended(runner)
+
+
+def runner_at(directory: Path, **changes: str) -> Runner:
+    """A runner that is patient, as the machine may be busy; what would wait for a claim to end takes a minute."""
+    patient = {"CACHE_LOOKUP_TIMEOUT": "2", "CACHE_CLAIM_TIMEOUT": "60"}
+    return Runner(directory, directory.parent / "registry", **patient, **changes)
 
 
 def ended(runner: Runner) -> None:
@@ -284,7 +290,7 @@ def shown_out(connection: socket.socket) -> bool:
 # How it begins and ends
 
 
-def test_after_a_daemon_was_killed_commands_say_so_and_of_three_starts_at_once_one_runs(
+def test_after_a_daemon_was_killed_commands_say_so_and_of_two_starts_at_once_one_runs(
     lone: Runner, origin: Origin, targets: list[str]
 ) -> None:
     first = json.loads(lone.p2pcache("init", "--json"))
@@ -294,22 +300,23 @@ def test_after_a_daemon_was_killed_commands_say_so_and_of_three_starts_at_once_o
     assert left == ["node.sock", "p2pcache.sock"]
     assert lone.run("status").returncode == lone.run("peers").returncode == 1
     assert lone.p2pcache("stop") == "no daemon was running\n"
-    with ThreadPoolExecutor(3) as pool:
-        said = [json.loads(text) for text in pool.map(lambda _: lone.p2pcache("init", "--json"), range(3))]
+    with ThreadPoolExecutor(2) as pool:
+        said = [json.loads(text) for text in pool.map(lambda _: lone.p2pcache("init", "--json"), range(2))]
     assert {status["pid"] for status in said} == {pid_of(lone)}
-    assert sorted(status["started"] for status in said) == [False, False, True]
+    assert sorted(status["started"] for status in said) == [False, True]
     assert (lone.directory / "daemon.lock").read_text() == str(pid_of(lone))
     step = lone.step(origin.url + targets[0])
     assert (step["sources"], step["imported"]) == (["origin"], [])
 
 
-@pytest.mark.parametrize("command", ["init", "node", "stop", "status", "peers", "discover"])
-def test_a_setting_that_cannot_be_used_ends_every_command_with_its_name(command: str, tmp_path: Path) -> None:
-    done = Runner(tmp_path / "a", tmp_path / "registry", CACHE_LISTEN_PORT="99999").run(command)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "CACHE_LISTEN_PORT must be a port number from 0 to 65535, not '99999'" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "a").exists()
+def test_a_setting_that_cannot_be_used_ends_every_command_with_its_name(tmp_path: Path) -> None:
+    runner = runner_at(tmp_path / "a", CACHE_LISTEN_PORT="99999")
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(runner.run, ("init", "node", "stop", "status", "peers", "discover")):
+            assert (done.returncode, done.stdout) == (2, "")
+            assert done.stderr.endswith("CACHE_LISTEN_PORT must be a port number from 0 to 65535, not '99999'\n")
+            assert done.stderr.count("\n") == 1
+    assert not runner.directory.exists()
 
 
 def test_where_no_daemon_can_listen_init_says_why(tmp_path: Path) -> None:
@@ -317,18 +324,18 @@ def test_where_no_daemon_can_listen_init_says_why(tmp_path: Path) -> None:
     (tmp_path / "taken" / "node.sock").mkdir(parents=True)
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
-    for name, why in (("file", "file"), ("taken", "exists, and is no socket"), ("open", "only this user can write")):
-        done = Runner(tmp_path / name, tmp_path / "registry").run("init")
-        assert done.returncode == 2
+    causes = {"file": "file", "taken": "exists, and is no socket", "open": "only this user can write"}
+    with ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(lambda name: runner_at(tmp_path / name).run("init"), causes))
+    for done, why in zip(ends, causes.values(), strict=True):
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert why in done.stderr
-        assert "Traceback" not in done.stderr
 
 
 def test_where_a_sockets_path_does_not_fit_commands_and_processes_find_the_daemon(
     far_away: Runner, origin: Origin, targets: list[str]
 ) -> None:
     assert json.loads(far_away.p2pcache("status", "--json"))["pid"] == pid_of(far_away)
-    assert json.loads(far_away.p2pcache("init", "--json"))["started"] is False
     step = far_away.step(origin.url + targets[0])
     assert (step["imported"], step["stats"]["peer_id"]) == ([], far_away.status()["peer_id"])
 
@@ -351,10 +358,10 @@ def test_a_process_that_waits_for_the_daemon_shares_once_it_is_there_and_keeps_i
     early = client_of(lone, CACHE_NODE="daemon")
     early.get(targets[0])
     assert not early.sees_the_daemon()
-    pid = json.loads(lone.p2pcache("init", "--idle", "3", "--json"))["pid"]
+    pid = json.loads(lone.p2pcache("init", "--idle", "2", "--json"))["pid"]
     assert eventually(early.sees_the_daemon)
     assert early.log.read_text().count("there is no daemon in CACHE_DIR yet") == 1
-    assert eventually(lambda: (status := lone.status())["now"] - status["since"] > 5, 30)
+    assert eventually(lambda: (status := lone.status())["now"] - status["since"] > 3.5, 30)
     assert (pid_of(lone), lone.status()["processes"]) == (pid, 1)
     early.do("stats")
     early.kill()
@@ -371,7 +378,7 @@ def test_the_first_request_of_a_process_is_answered_by_a_peer_and_libp2p_is_neve
     urls = [origin.url + target for target in targets[:4]]
     theirs = pair[0]
     theirs.step(urls[0], urls[2])
-    late = Runner(tmp_path / "late", Path(theirs.environment["CACHE_PEER_REGISTRY"]))
+    late = runner_at(tmp_path / "late", CACHE_PEER_REGISTRY=theirs.environment["CACHE_PEER_REGISTRY"])
     try:
         late.p2pcache("init")
         said = heard(late.start(IMPORTING, *urls))
@@ -389,7 +396,7 @@ def test_ten_processes_at_once_with_tokens_of_their_own_pay_once_for_each_url(
     steps = []
     for number in range(10):
         runner = pair[number % 2]
-        mine = runner.environment | {"CACHE_GITHUB_HOSTS": origin.netloc, "CACHE_LOOKUP_TIMEOUT": "2"}
+        mine = runner.environment | {"CACHE_GITHUB_HOSTS": origin.netloc}
         code = STEP.replace(TOKEN, f"ghs_{number:036}")
         command = [sys.executable, "-c", code, *urls]
         steps.append(subprocess.Popen(command, env=mine, stdout=subprocess.PIPE, text=True))
@@ -426,7 +433,7 @@ def test_a_child_that_ends_does_not_give_back_what_its_parent_is_fetching(
 ) -> None:
     forking, other = client_of(pair[0]), client_of(pair[1])
     other.get(targets[1])
-    origin.latency = 3.0
+    origin.latency = 2.0
     forking.begin(targets[0])
     forking.do("fork")
     other.ask(targets[0])
@@ -537,8 +544,7 @@ def test_a_daemon_killed_while_processes_ask_fails_and_delays_no_request_and_the
 def test_those_who_wait_for_anothers_call_when_the_daemon_is_killed_go_on_at_once(
     pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
 ) -> None:
-    patient = {"CACHE_CLAIM_TIMEOUT": "60"}
-    fetching, *waiting = [client_of(pair[number], **patient) for number in (1, 0, 0)]
+    fetching, *waiting = [client_of(pair[number]) for number in (1, 0, 0)]
     origin.latency = 30.0
     fetching.begin(targets[0])
     origin.latency = 0.0
@@ -551,7 +557,7 @@ def test_those_who_wait_for_anothers_call_when_the_daemon_is_killed_go_on_at_onc
     os.kill(pid_of(pair[0]), signal.SIGKILL)
     for client in waiting:
         answer = client.right(targets[0], client.do("end"))
-        assert (answer["source"], answer["seconds"] < 10) == ("origin", True)
+        assert (answer["source"], answer["seconds"] < PROMPT) == ("origin", True)
 
 
 def test_a_daemon_that_is_stopped_hands_over_what_was_published_and_its_processes_come_back_to_the_next(
@@ -577,9 +583,10 @@ def test_a_frozen_daemon_delays_no_request_no_start_and_no_end_for_long_and_is_u
     pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
 ) -> None:
     ours, theirs = pair
-    staying, ending, other = client_of(ours), client_of(ours), client_of(theirs)
-    for target in targets[30:33]:
-        origin.resources[target] = Resource(os.urandom(4_000_000))
+    brisk = {"CACHE_LOOKUP_TIMEOUT": "0.5"}
+    staying, ending, other = client_of(ours, **brisk), client_of(ours, **brisk), client_of(theirs)
+    for target in targets[:3]:
+        origin.resources[target] = Resource(os.urandom(4_000_000))  # more than a socket takes
     assert staying.sees_the_daemon()
     assert ending.sees_the_daemon()
     with frozen(ours):
@@ -588,28 +595,26 @@ def test_a_frozen_daemon_delays_no_request_no_start_and_no_end_for_long_and_is_u
         assert [answer["source"] for answer in answers] == ["origin"] * 15
         late = client_of(ours)
         assert late.get(targets[15])["seconds"] < PROMPT
-        written = ours.start(WRITE, origin.url + targets[0], "{}")
-        written.communicate(timeout=60)
-        assert written.returncode == 0
-        for target in targets[30:33]:
+        began = time.monotonic()
+        written = ours.start(WRITE, origin.url + targets[4], "{}")
+        assert (written.communicate(timeout=60), written.returncode) == (("", None), 0)
+        assert time.monotonic() - began < PROMPT
+        for target in targets[16:20]:
+            origin.resources[target] = origin.resources[targets[0]]
             ending.get(target)
-        assert max(ending.exit(), late.exit()) < 10
+        assert max(ending.exit(), late.exit()) < PROMPT
     assert staying.shares_again()
     assert other.shares_again()
-    calls = len(origin.calls)
-    other.get(targets[40])
-    staying.get(targets[41])
-    assert eventually(lambda: staying.get(targets[40])["source"] in SHARED)
-    assert other.get(targets[41])["source"] in SHARED
-    assert len(origin.calls) == calls + 2
+    new = iter(targets[20:])
+    assert eventually(lambda: other.get(target := next(new)) and staying.get(target)["source"] in SHARED)
+    assert eventually(lambda: staying.get(target := next(new)) and other.get(target)["source"] in SHARED)
 
 
 def test_when_the_process_that_fetches_is_killed_one_of_those_who_wait_fetches_for_all(
     pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
 ) -> None:
     ours, theirs = pair
-    patient = {"CACHE_CLAIM_TIMEOUT": "60"}
-    fetching, *waiting = [client_of(runner, **patient) for runner in (ours, ours, ours, theirs)]
+    fetching, *waiting = [client_of(runner) for runner in (ours, ours, ours, theirs)]
     fetching.get(targets[1])  # so that it has a connection to the origin
     origin.latency = 1.5
     fetching.begin(targets[0])
@@ -619,7 +624,7 @@ def test_when_the_process_that_fetches_is_killed_one_of_those_who_wait_fetches_f
     assert [client.stat("origin_calls") for client in waiting] == [0, 0, 0]
     fetching.kill()
     answers = [client.right(targets[0], client.do("end")) for client in waiting]
-    assert max(answer["seconds"] for answer in answers) < 30
+    assert max(answer["seconds"] for answer in answers) < 25
     assert sum(client.stat("origin_calls") for client in waiting) == 1
     assert eventually(lambda: [call.target for call in origin.calls] == [targets[1], targets[0], targets[0]])
 
@@ -627,23 +632,30 @@ def test_when_the_process_that_fetches_is_killed_one_of_those_who_wait_fetches_f
 # Those who do not belong to it
 
 
-@pytest.mark.parametrize("changes", [{"CACHE_SHARED_SECRET": ANOTHER}, {"CACHE_FLEET": "another"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"CACHE_SHARED_SECRET": ANOTHER, "CACHE_NODE": "daemon"}, id="another-secret"),
+        pytest.param({"CACHE_FLEET": "another", "CACHE_NODE": "auto"}, id="another-fleet"),
+    ],
+)
 def test_a_process_of_another_fleet_does_not_use_it_and_says_so_once(
     changes: dict[str, str], pair: Pair, origin: Origin, targets: list[str]
 ) -> None:
     ours = pair[0]
     registry = {"CACHE_PEER_REGISTRY": str(ours.directory.parent / "another-registry")}
-    for where in ("auto", "daemon"):
-        mine = ours.environment | changes | registry | {"CACHE_NODE": where}
-        done = subprocess.run(
-            [sys.executable, "-c", TWO, origin.url + targets[0]], env=mine, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 0
-        assert done.stdout == f"{origin.resources[targets[0]].body.decode()}\n" * 2
-        assert done.stderr.count("is not for this process: CACHE_SHARED_SECRET or CACHE_FLEET differ") == 1
-        assert done.stderr.count("\n") == 1
+    done = subprocess.run(
+        [sys.executable, "-c", TWO, origin.url + targets[0]],
+        env=ours.environment | registry | changes,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0
+    assert done.stdout == f"{origin.resources[targets[0]].body.decode()}\n" * 2
+    assert done.stderr.count("is not for this process: CACHE_SHARED_SECRET or CACHE_FLEET differ") == 1
+    assert done.stderr.count("\n") == 1
     assert ours.status()["processes"] == 0
-    ours.step(origin.url + targets[1])
 
 
 def test_a_daemon_of_another_fleet_that_says_so_late_is_waited_for_no_longer(
@@ -702,18 +714,3 @@ def test_hundreds_who_say_nothing_or_half_a_word_are_shown_out_and_keep_nobody_f
         assert ours.step(origin.url + targets[0])["sources"][0] in SHARED
         assert all(shown_out(stranger) for stranger in silent)
     assert (pid_of(ours), ours.status()["processes"]) == (pid, 0)
-
-
-def test_a_process_that_never_reads_what_it_is_told_leaves_the_others_alone(
-    pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
-) -> None:
-    ours, theirs = pair
-    staying, other = client_of(ours), client_of(theirs)
-    with stranger_to(ours) as deaf:
-        deaf.sendall(ADMITTED)
-        assert eventually(lambda: ours.status()["processes"] == 2)
-        for target in targets[:10]:
-            other.get(target)
-            assert staying.get(target)["source"] in SHARED
-    assert eventually(lambda: ours.status()["processes"] == 1)
-    assert len(origin.calls) == 10
