@@ -122,10 +122,13 @@ class QuotaBoard:
                 return False
             return True
 
+    def known(self) -> list[Quota]:
+        """All quotas, for somebody who has just come."""
+        with self._lock:
+            return list(self._quotas.values())
+
     def describe(self) -> list[dict[str, str | int | float]]:
         """Each quota as plain values; the identity by its first eight digits, "" for none."""
-        with self._lock:
-            quotas = list(self._quotas.values())
         return [
             {
                 "identity": quota.identity[:8],
@@ -135,7 +138,7 @@ class QuotaBoard:
                 "reset": quota.reset,
                 "refused_until": quota.refused_until,
             }
-            for quota in quotas
+            for quota in self.known()
         ]
 
     def _keep(self, place: tuple[str, str], quota: Quota) -> None:

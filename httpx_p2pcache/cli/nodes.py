@@ -32,8 +32,9 @@ def init(
     When it returns the daemon can be used: every Python process with the same CACHE_DIR shares through it, and other
     clients through its door. It outlives the step, not the job. Exit status 0: it runs; 2: it could not be started.
     """
+    settings = settings_or_exit()
     try:
-        status, started = life.launch(settings_or_exit(), idle=idle, port=port, wait=wait)
+        status, started = life.launch(settings, idle=idle, port=port, wait=wait)
     except (RuntimeError, OSError) as exc:
         fail(str(exc), 2)
     if as_json:
@@ -66,8 +67,9 @@ def node(idle: Idle = 0, port: Port = None) -> None:
 @app.command()
 def stop(as_json: Json = False) -> None:
     """End this runner's daemon. Exit status 0: it has ended, or there was none; 1: it does not end."""
+    directory = settings_or_exit().dir
     try:
-        stopped = life.stop(settings_or_exit().dir)
+        stopped = life.stop(directory)
     except TimeoutError as exc:
         fail(str(exc))
     if as_json:

@@ -27,7 +27,16 @@ from httpx_p2pcache.node.discovery.static import StaticPeers
 from httpx_p2pcache.node.home import Home
 from httpx_p2pcache.node.host import Host, announced, is_loopback, reset
 from httpx_p2pcache.node.members import Link, Member
-from httpx_p2pcache.node.protocol import FRAME_OVERHEAD, Introduce, Inventory, Message, Ready, TellCounts, admit
+from httpx_p2pcache.node.protocol import (
+    FRAME_OVERHEAD,
+    Introduce,
+    Inventory,
+    Message,
+    Ready,
+    TellCounts,
+    TellQuota,
+    admit,
+)
 from httpx_p2pcache.node.worker import Worker
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
@@ -323,6 +332,8 @@ class Fleet:
             for other in list(self.members.values()):
                 self.spawn(self._introduce, other.link)
             member = self.members[link.peer_id] = Member(link.peer_id, how, reachable)
+            for quota in self.quotas.known():
+                self.spawn(link.send, TellQuota(quota))
         if link not in member.links:
             member.links.append(link)
         member.takes = said.takes

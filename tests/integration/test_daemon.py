@@ -321,10 +321,9 @@ def test_a_setting_that_cannot_be_used_ends_every_command_with_its_name(tmp_path
 
 def test_where_no_daemon_can_listen_init_says_why(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
-    (tmp_path / "taken" / "node.sock").mkdir(parents=True)
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
-    causes = {"file": "file", "taken": "exists, and is no socket", "open": "only this user can write"}
+    causes = {"file": "file", "open": "only this user can write"}
     with ThreadPoolExecutor(2) as pool:
         ends = list(pool.map(lambda name: runner_at(tmp_path / name).run("init"), causes))
     for done, why in zip(ends, causes.values(), strict=True):
@@ -373,17 +372,15 @@ def test_a_process_that_waits_for_the_daemon_shares_once_it_is_there_and_keeps_i
 
 
 def test_the_first_request_of_a_process_is_answered_by_a_peer_and_libp2p_is_never_imported(
-    pair: Pair, origin: Origin, targets: list[str], tmp_path: Path
+    two_runners: Pair, origin: Origin, targets: list[str]
 ) -> None:
+    late, theirs = two_runners
     urls = [origin.url + target for target in targets[:4]]
-    theirs = pair[0]
+    late.p2pcache("stop")
+    theirs.p2pcache("init")
     theirs.step(urls[0], urls[2])
-    late = runner_at(tmp_path / "late", CACHE_PEER_REGISTRY=theirs.environment["CACHE_PEER_REGISTRY"])
-    try:
-        late.p2pcache("init")
-        said = heard(late.start(IMPORTING, *urls))
-    finally:
-        ended(late)
+    late.p2pcache("init")
+    said = heard(late.start(IMPORTING, *urls))
     assert said == {"sources": ["peer", "origin", "peer", "origin"], "imported": []}
     assert theirs.step(*urls)["sources"] == ["local"] * 4
     assert len(origin.calls) == 4

@@ -180,6 +180,7 @@ class DaemonNode:
                 continue
             except WrongFleet as exc:
                 logger.warning("%s", exc)
+                self._lose(connection)
                 return
             except (OSError, EOFError, Rejected) as exc:
                 logger.debug("the daemon is not there: %r", exc)

@@ -127,6 +127,8 @@ class Server:
             await stream.send_all(pack(Refused(why)))
             return False
         process.tell(self._state())
+        for quota in self._quotas.known():
+            process.tell(TellQuota(quota))
         self._attached.add(process)
         return True
 
