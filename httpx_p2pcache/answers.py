@@ -30,11 +30,15 @@ class Send(NamedTuple):
     added: dict[str, str]
 
 
+class Read(NamedTuple):
+    """The body of the reply that came last, as it was sent."""
+
+
 class Discard(NamedTuple):
-    """Of the reply that was sent last."""
+    """Be done with the reply that came last."""
 
 
-Effect = Run | Wait | Send | Discard
+Effect = Run | Wait | Send | Read | Discard
 Way = Generator[Effect, Any, "Answer"]
 
 

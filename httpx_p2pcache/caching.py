@@ -104,14 +104,14 @@ class CachingTransport:
             origin = self._sync_origin(request.url)
             return _reply(origin.handle_request(_with(self._library, request, added)))
 
-        return drive(way, send, _discard)
+        return drive(way, send, _discard, _read)
 
     async def _async_drive(self, way: Way, request: Any) -> Answer:
         async def send(added: Fields) -> Reply:
             origin = self._async_origin(request.url)
             return _reply(await origin.handle_async_request(_with(self._library, request, added)))
 
-        return await async_drive(way, send, _async_discard)
+        return await async_drive(way, send, _async_discard, _async_read)
 
     def _sync_origin(self, url: Any) -> Any:
         origin = self._origins.sync_for(url) if self._origins is not None else self.next_transport
@@ -144,6 +144,14 @@ class CachingTransport:
         inner: Any = self._origins or self.next_transport
         if hasattr(inner, "aclose"):
             await inner.aclose()
+
+
+def _read(reply: Reply) -> bytes:
+    return b"".join(reply.native.iter_raw())
+
+
+async def _async_read(reply: Reply) -> bytes:
+    return b"".join([part async for part in reply.native.aiter_raw()])
 
 
 def _discard(reply: Reply) -> None:

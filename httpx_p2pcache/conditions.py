@@ -11,7 +11,7 @@ from httpx_p2pcache.entries import Entry
 from httpx_p2pcache.freshness import http_date
 
 _TAG = re.compile(r'\*|(?:W/)?"[^"]*"')
-_RANGE = re.compile(r"bytes\s*=\s*(\d*)\s*-\s*(\d*)\s*", re.IGNORECASE)
+_RANGE = re.compile(r"bytes\s*=\s*(\d{0,15})\s*-\s*(\d{0,15})\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def viewed(entry: Entry, method: str, headers: Headers) -> View:
     body = b"" if method == "HEAD" else entry.body
     if entry.status == 200 and not_modified(entry, headers):
         return View(304, b"", dropped=("content-length", "content-encoding", "content-type", "content-range"))
-    if entry.status == 200 and method == "GET" and "range" in headers and _range_holds(entry, headers):
+    if entry.status == 200 and method == "GET" and "range" in headers and range_holds(entry, headers):
         return _part(entry, headers["range"])
     return View(entry.status, body)
 
@@ -55,7 +55,7 @@ def opaque(etag: str) -> str:
     return etag.strip().removeprefix("W/").strip('"')
 
 
-def _range_holds(entry: Entry, headers: Headers) -> bool:
+def range_holds(entry: Entry, headers: Headers) -> bool:
     """Whether the range applies: If-Range names exactly the entry, by a strong tag or its date (§13.1.5)."""
     condition = headers.get("if-range")
     if condition is None:
@@ -66,21 +66,36 @@ def _range_holds(entry: Entry, headers: Headers) -> bool:
     return date is not None and date == http_date(entry.first("last-modified"))
 
 
-def _part(entry: Entry, ranges: str) -> View:
-    """One range of bytes (§14.2); several, or another unit, are ignored: the whole is an answer to those as well."""
-    match, size = _RANGE.fullmatch(ranges.strip()), len(entry.body)
+def wanted(ranges: str, size: int) -> tuple[int, int] | None:
+    """The first and last position that a Range field asks for of ``size`` bytes (§14.1.2).
+
+    First beyond last: there are no such bytes. None for several ranges, another unit, or what is no range: those may be
+    ignored (§14.2), the whole is an answer to them as well.
+    """
+    match = _RANGE.fullmatch(ranges.strip())
     if match is None or not (match[1] or match[2]) or (match[1] and match[2] and int(match[1]) > int(match[2])):
-        return View(200, entry.body)
+        return None
     if match[1]:
-        first, last = int(match[1]), min(int(match[2] or size - 1), size - 1)
-    else:
-        first, last = max(0, size - int(match[2])), size - 1
-    if first >= size or (not match[1] and int(match[2]) == 0):
+        return int(match[1]), min(int(match[2] or size - 1), size - 1)
+    return max(0, size - int(match[2])), size - 1
+
+
+def part_of(body: bytes, first: int, size: int) -> View:
+    """The 206 that hands over ``body``, which begins at ``first`` of ``size`` bytes."""
+    held = f"bytes {first}-{first + len(body) - 1}/{size}"
+    added = (("content-range", held), ("content-length", str(len(body))))
+    return View(206, body, ("content-length", "content-range"), added)
+
+
+def _part(entry: Entry, ranges: str) -> View:
+    asked, size = wanted(ranges, len(entry.body)), len(entry.body)
+    if asked is None:
+        return View(200, entry.body)
+    first, last = asked
+    if first > last:
         dropped = ("content-length", "content-encoding", "content-type", "etag", "last-modified")
         return View(416, b"", dropped, (("content-range", f"bytes */{size}"), ("content-length", "0")))
-    part = entry.body[first : last + 1]
-    added = (("content-range", f"bytes {first}-{last}/{size}"), ("content-length", str(len(part))))
-    return View(206, part, ("content-length",), added)
+    return part_of(entry.body[first : last + 1], first, size)
 
 
 def combined(headers: Headers, ours: dict[str, str]) -> dict[str, str]:

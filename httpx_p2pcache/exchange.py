@@ -6,6 +6,7 @@ It yields what it needs done and is sent what came of it. A sync and an async pu
 :class:`Run`              call a function that may touch the disk; sent its result
 :class:`Wait`             wait for a future; sent its result, or None if there was none in time
 :class:`Send`             send the caller's request to the origin with these fields added; sent a Reply
+:class:`Read`             read the body of the reply that came last; sent its bytes
 :class:`Discard`          be done with a reply that is not passed on, so that its connection is free
 ========================  ==============================================================================
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from httpx_p2pcache import parts
 from httpx_p2pcache.answers import Reply
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.lease import Lease
@@ -42,6 +43,14 @@ class Keep:
         exchange = self._lookup.exchange
         try:
             entry = self._lookup.entry(self._reply, b"".join(self._chunks), self._sent)
+            if entry.status == 206:
+                part = parts.combined(entry, [stored.entry for stored in self._lookup.parts])
+                if part is None or part.method == parts.PART:
+                    if part is not None:
+                        exchange.store.save(part, since=self._sent)
+                    self._lease.settle(Verdict.UNSTORABLE)
+                    return
+                entry = part
             saved = exchange.store.save(entry, since=self._sent)
             exchange.stats.add("stored")
             if exchange.github.follows(entry.url):

@@ -16,7 +16,8 @@ import hishel
 import msgspec
 from hishel import CacheOptions, Headers
 
-from httpx_p2pcache.answers import Answer, Discard, Effect, Reply, Run, Wait, Way, caching
+from httpx_p2pcache import parts
+from httpx_p2pcache.answers import Answer, Discard, Effect, Read, Reply, Run, Wait, Way, caching
 from httpx_p2pcache.claims import Granted, Look, Verdict
 from httpx_p2pcache.conditions import combined, opaque, viewed
 from httpx_p2pcache.entries import ANONYMOUS, Entry, body_digest, cache_key, claim_key
@@ -37,6 +38,7 @@ from httpx_p2pcache.github import adopted, endpoint, may_have_grown
 from httpx_p2pcache.keep import Keep
 from httpx_p2pcache.lease import Lease
 from httpx_p2pcache.network import Awaited, FleetClaim, Found, Question
+from httpx_p2pcache.parts import PART
 from httpx_p2pcache.quota import refuses
 from httpx_p2pcache.stored import Stored
 
@@ -84,6 +86,7 @@ class Lookup:
         self.pooled = exchange.github.pools(request.method, request.url)
         self.shared = exchange.github.shares(request.method, request.url, request.headers)
         self.held: list[Stored] = []  # what this identity may use, once it is fresh
+        self.parts: list[Stored] = []  # 206s that this identity may use
         self.others: dict[uuid.UUID, tuple[Stored, str]] = {}  # what it may use once the origin has said 304 to a tag
         self.collapsed = False
 
@@ -105,10 +108,13 @@ class Lookup:
             answer = self._while_revalidate(state)
             if answer is not None:
                 return answer
-            if self.ranged:  # a part that is not held is not stored either
-                return (yield from exchange.pass_by(self.request, "bypass"))
+            answer = self._from_part()
+            if answer is not None:
+                return answer
             if "only-if-cached" in self.wishes:  # §5.2.1.7
                 return Answer(None, None, "fwd=request; detail=only-if-cached", caching("local"))
+            if self.ranged:
+                return (yield from self._fetch_part(lease))
 
             ticket = exchange.flights.ask(claim, caller)
             if isinstance(ticket, Future):
@@ -147,6 +153,7 @@ class Lookup:
             for stored in found
             if exchange.may_use(stored, self.identity) and stored.matches(self.request.method, value_of)
         ]
+        self.parts = [s for s in found if exchange.may_use(s, self.identity) and s.matches(PART, value_of)]
         ttl = exchange.settings.default_ttl
         method, wishes = self.request.method, self.wishes
         shown = [machine_entry(stored.entry, method, stored.id, wishes, now, ttl) for stored in self.held]
@@ -184,6 +191,40 @@ class Lookup:
         if answer.stored is not None and (self.conditional or self.ranged):
             answer.view = viewed(answer.stored.entry, self.request.method, self.request.headers)
         return answer
+
+    def _from_part(self) -> Answer | None:
+        """The part that a range asks for, if it is held and fresh."""
+        now, ttl = time.time(), self.exchange.settings.default_ttl
+        for stored in self.parts if self.ranged and not self.conditional else ():
+            view = parts.view(stored.entry, self.request.headers)
+            shown = machine_entry(stored.entry, "GET", stored.id, self.wishes, now, ttl)
+            shown.response.status_code = 200
+            state = hishel.IdleClient(options=_OPTIONS).next(self.shown, [shown])
+            if view is not None and isinstance(state, hishel.FromCache):
+                answer = self.exchange.from_store(stored, now, source="local")
+                answer.view = view
+                return answer
+        return None
+
+    def _fetch_part(self, lease: Lease) -> Way:
+        """A range that is not held. The whole fleet seldom wants the same one, so nobody waits for it."""
+        sent = time.time()
+        answer = yield from self.exchange.pass_by(self.request, "miss")
+        if answer.reply is not None and self._storable(answer.reply):
+            answer.keep = Keep(self, answer.reply, sent, lease)
+            answer.cache_status += "; stored"
+            answer.caching["stored"] = True
+        return answer
+
+    def _storable(self, reply: Reply) -> bool:
+        """Whether the answer to a range may be stored: a part, or the whole if the origin ignores ranges."""
+        response = machine_response(hishel.Response(200, reply.headers))
+        state = hishel.CacheMiss(_OPTIONS, self.shown).next(response)
+        return (
+            reply.status in (200, 206)
+            and isinstance(state, hishel.StoreAndUse)
+            and not _too_large(reply, self.exchange.settings.max_body_size)
+        )
 
     def _while_revalidate(self, state: hishel.AnyState) -> Answer | None:
         """What may be served stale while it is revalidated in the background (RFC 5861 §3)."""
@@ -254,9 +295,10 @@ class Lookup:
             exchange.stats.add("expirations", endpoint=endpoint(self.request.method, self.request.url))
         if self.shown.headers:
             why = "request"
+        begun = None if self.held or self.conditional or self.request.method != "GET" else self._begun()
         while True:
             assert isinstance(state, (hishel.CacheMiss, hishel.NeedRevalidation))
-            added: dict[str, str] = {}
+            added: dict[str, str] = {} if begun is None else begun[1]
             respelt: str | None = None
             if isinstance(state, hishel.NeedRevalidation):
                 added = {n: state.request.headers[n] for n in state.request.headers if n.startswith("if-")}
@@ -285,6 +327,12 @@ class Lookup:
                     yield Discard()
                     lease.settle(Verdict.FAILED)
                     return stale
+            if begun is not None and reply.status in (206, 416):
+                answer = yield from self._complete(begun[0], reply, sent, lease)
+                if answer is not None:
+                    return answer
+                begun = None  # not what was asked for: once more, for the whole
+                continue
             if reply.status == 304:
                 if self.conditional and not self._proves_ours(state, reply):
                     lease.settle(Verdict.ABANDONED)  # it is about the caller's copy: those who wait need one
@@ -325,6 +373,34 @@ class Lookup:
             f"fwd={why}" + (f"; fwd-status={reply.status}" if why == "stale" else "") + ("; stored" if keep else "")
         )
         return Answer(None, reply, status, caching("origin", stored=keep is not None), keep)
+
+    def _begun(self) -> tuple[Stored, dict[str, str]] | None:
+        """A part that is the beginning of what is asked for, and the fields that ask for the rest."""
+        for stored in self.parts:
+            fields = parts.rest(stored.entry, self.exchange.settings.max_body_size)
+            if fields is not None:
+                return stored, fields
+        return None
+
+    def _complete(self, part: Stored, reply: Reply, sent: float, lease: Lease) -> Generator[Effect, Any, Answer | None]:
+        """What a part and the rest of it come to (RFC 9111 §3.4); None if that is not the whole."""
+        exchange, entry, stored = self.exchange, None, None
+        if reply.status == 206 and not _too_large(reply, exchange.settings.max_body_size):
+            body = yield Read()
+            entry = parts.completed(part.entry, self.entry(reply, body, sent))
+        yield Discard()
+        if entry is None:
+            yield Run(partial(exchange.store.remove, self.key, [part.id]))
+            return None
+        if self._storable(reply):
+            stored = yield Run(partial(exchange.store.save, entry, since=sent))
+        if stored is not None and self.shareable(entry):
+            lease.publish(entry)
+        else:
+            lease.settle(Verdict.UNSTORABLE)
+        stored = stored or exchange.store.passing(part, entry)
+        status = "fwd=partial; fwd-status=206" + ("; stored" if stored.id != part.id else "")
+        return Answer(stored, None, status, caching("origin", stored=stored.id != part.id), age=entry.initial_age)
 
     def _respelt(self, state: hishel.NeedRevalidation) -> str | None:
         """The tag of what is revalidated, if it was given to another spelling of the same credentials.

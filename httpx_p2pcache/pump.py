@@ -15,7 +15,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from httpx_p2pcache.answers import Answer, Effect, Reply, Run, Send, Wait, Way
+from httpx_p2pcache.answers import Answer, Effect, Read, Reply, Run, Send, Wait, Way
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 Fields = dict[str, str]  # to be added to the caller's request, in the place of its own of those names
 
 
-def drive(way: Way, send: Callable[[Fields], Reply], discard: Callable[[Reply], None]) -> Answer:
+def drive(
+    way: Way,
+    send: Callable[[Fields], Reply],
+    discard: Callable[[Reply], None],
+    read: Callable[[Reply], bytes],
+) -> Answer:
     """Walk ``way`` to its end in this thread. Raises what ``send`` raises, as far as the way lets it."""
     reply: Reply | None = None
 
@@ -37,6 +42,9 @@ def drive(way: Way, send: Callable[[Fields], Reply], discard: Callable[[Reply], 
         if isinstance(effect, Send):
             reply = send(effect.added)
             return reply
+        if isinstance(effect, Read):
+            assert reply is not None
+            return read(reply)
         discarded, reply = reply, None
         if discarded is not None:
             discard(discarded)
@@ -60,7 +68,10 @@ def drive(way: Way, send: Callable[[Fields], Reply], discard: Callable[[Reply], 
 
 
 async def async_drive(
-    way: Way, send: Callable[[Fields], Awaitable[Reply]], discard: Callable[[Reply], Awaitable[None]]
+    way: Way,
+    send: Callable[[Fields], Awaitable[Reply]],
+    discard: Callable[[Reply], Awaitable[None]],
+    read: Callable[[Reply], Awaitable[bytes]],
 ) -> Answer:
     """The same on asyncio or trio; what touches the disk runs in a worker thread."""
     reply: Reply | None = None
@@ -75,6 +86,9 @@ async def async_drive(
         if isinstance(effect, Send):
             reply = await send(effect.added)
             return reply
+        if isinstance(effect, Read):
+            assert reply is not None
+            return await read(reply)
         discarded, reply = reply, None
         if discarded is not None:
             await discard(discarded)

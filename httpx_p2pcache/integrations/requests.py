@@ -82,16 +82,16 @@ class P2PCacheAdapter(HTTPAdapter):
         exchange, asked = self._usage.exchange, _asked(request)
         if not verify and asked.url.startswith("https:"):
             # Whose answer this is nobody has made sure of: it is not for those who do.
-            return self._response(drive(exchange.pass_by(asked, "bypass"), send_on, _discard), request)
+            return self._response(drive(exchange.pass_by(asked, "bypass"), send_on, _discard, _read), request)
         answer = exchange.hit(asked)
         if answer is None:
             way = exchange.way(asked, threading.get_ident(), _patience(timeout), background=True)
-            answer = drive(way, send_on, _discard)
+            answer = drive(way, send_on, _discard, _read)
             afterwards = answer.afterwards
             if afterwards is not None:
 
                 def revalidate(way: Way = afterwards) -> None:
-                    response = self._response(drive(way, send_on, _discard), request)
+                    response = self._response(drive(way, send_on, _discard, _read), request)
                     response.content  # noqa: B018 - read to its end, it is kept
                     response.close()
 
@@ -158,6 +158,10 @@ def _patience(timeout: Any) -> float | None:
         limits = [limit for limit in (timeout.total, timeout._read) if isinstance(limit, (int, float))]
         return min(limits, default=None)
     return float(timeout) if isinstance(timeout, (int, float)) else None
+
+
+def _read(reply: Reply) -> bytes:
+    return b"".join(reply.native.raw.stream(decode_content=False))
 
 
 def _discard(reply: Reply) -> None:

@@ -22,6 +22,9 @@ CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used: every origin he
 Fields = Mapping[str, str | float | None] | Sequence[tuple[str, str | float | None]]
 
 
+ETAG = {"ETag": '"v1"'}
+
+
 @dataclass(frozen=True)
 class Step:
     """One request. ``answer`` is what the origin says to it; None: it must not be asked."""
@@ -65,6 +68,18 @@ def stored(body: str = "one", **step: object) -> Step:
     return Step(None, body, **step)  # type: ignore[arg-type]
 
 
+def part(body: str, first: int, cc: str = "max-age=60", fields: Fields = ETAG, **step: object) -> Step:
+    """The request reaches the origin, which answers with the part of ten bytes that begins at ``first``."""
+    held = {"Content-Range": f"bytes {first}-{first + len(body) - 1}/10", "X-Mine": "yes", **dict(_pairs(None, fields))}
+    return fetched(body, cc, held, status=206, **step)
+
+
+def completed(rest: str, first: int, body: str, **step: object) -> Step:
+    """The origin is asked for the rest alone; the caller gets the whole."""
+    answer = part(rest, first).answer
+    return Step(answer, body, sent={"range": f"bytes={first}-", "if-range": '"v1"'}, **step)  # type: ignore[arg-type]
+
+
 def _pairs(cc: str | None, fields: Fields) -> list[tuple[str, str | float | None]]:
     pairs = list(fields.items()) if isinstance(fields, Mapping) else list(fields)
     return [*pairs, ("Cache-Control", cc)] if cc is not None else pairs
@@ -74,7 +89,6 @@ def cc(value: str) -> dict[str, str]:
     return {"Cache-Control": value}
 
 
-ETAG = {"ETag": '"v1"'}
 DATED = {"Last-Modified": "Tue, 01 Jan 2019 00:00:00 GMT"}
 NO_LIFETIME = {"Expires": "0"}
 
@@ -744,6 +758,83 @@ SCENARIOS: dict[str, tuple[Step, ...]] = {
         fetched("0123456789", "max-age=60"),
         stored("0123456789"),
     ),
+    "a part is stored, and serves what lies within it (RFC 9111 3.3, RFC 9110 14.2)": (
+        part("456789", 4, request={"Range": "bytes=-6"}, sent={"range": "bytes=-6"}),
+        stored("456789", status=206, request={"Range": "bytes=-6"}, seen={"content-range": "bytes 4-9/10"}),
+        stored("89", status=206, request={"Range": "bytes=8-"}, seen={"content-range": "bytes 8-9/10"}),
+        stored("5", status=206, request={"Range": "bytes=5-5"}, seen={"content-length": "1", "x-mine": "yes"}),
+        stored("67", status=206, request={"Range": "bytes=6-7", "If-Range": '"v1"'}),
+        part("34", 3, request={"Range": "bytes=3-4"}, fields={"ETag": '"v1"'}),
+        stored("3456", status=206, request={"Range": "bytes=3-6"}),
+    ),
+    "a part is used only while it is fresh, by those whom it may serve, and when nothing else is asked for": (
+        part("456789", 4, request={"Range": "bytes=-6"}),
+        part("456789", 4, request={"Range": "bytes=-6", "Cache-Control": "no-cache"}),
+        part("456789", 4, request={"Range": "bytes=-6", "Authorization": "Bearer other"}),
+        part("456789", 4, request={"Range": "bytes=-6"}, after=61),
+        stored("", status=504, request={"Range": "bytes=0-1", "Cache-Control": "only-if-cached"}, seen={"age": None}),
+        fetched("gone", status=404, method="DELETE"),
+        stored("9", status=206, request={"Range": "bytes=9-9"}),
+        fetched("", status=204, method="DELETE"),
+        part("9", 9, request={"Range": "bytes=9-9"}),
+    ),
+    "parts of the same bytes are put together, and become the whole (RFC 9111 3.4)": (
+        part("0123", 0, request={"Range": "bytes=0-3"}),
+        part("345", 3, request={"Range": "bytes=3-5"}),
+        part("6789", 6, request={"Range": "bytes=6-9"}),
+        stored("0123456789", seen={"content-length": "10", "content-range": None, "etag": '"v1"'}),
+        stored("34", status=206, request={"Range": "bytes=3-4"}),
+    ),
+    "of two parts that do not touch the later one is kept": (
+        part("0123", 0, request={"Range": "bytes=0-3"}),
+        part("6789", 6, request={"Range": "bytes=6-9"}),
+        stored("78", status=206, request={"Range": "bytes=7-8"}),
+        part("0123", 0, request={"Range": "bytes=0-3"}),
+    ),
+    "parts with different, weak or missing tags are never put together (RFC 9111 3.4)": (
+        part("01234", 0, request={"Range": "bytes=0-4"}),
+        part("abcde", 5, request={"Range": "bytes=5-9"}, fields={"ETag": '"v2"'}),
+        fetched("whole", "max-age=60", sent={"range": None}),
+    ),
+    **{
+        f"parts with {name} are never put together (RFC 9111 3.4)": (
+            part("01234", 0, request={"Range": "bytes=0-4"}, fields=fields),
+            part("56789", 5, request={"Range": "bytes=5-9"}, fields=fields),
+            fetched("0123456789", "max-age=60", fields, sent={"range": None, "if-range": None}),
+            stored("0123456789"),
+        )
+        for name, fields in {"weak tags": {"ETag": 'W/"v1"'}, "no tags": {}}.items()
+    },
+    "who asks for the whole gets a beginning that is held, completed by the rest (RFC 9111 3.4)": (
+        part("01234", 0, request={"Range": "bytes=0-4"}),
+        completed("56789", 5, "0123456789", seen={"content-length": "10", "content-range": None, "x-mine": "yes"}),
+        stored("0123456789"),
+    ),
+    "a beginning that is stale is completed as well, if it is still that of the same bytes (RFC 9111 3.4)": (
+        part("01234", 0, request={"Range": "bytes=0-4"}),
+        completed("56789", 5, "0123456789", after=100),
+        stored("0123456789", after=50),
+    ),
+    "the beginning of what has changed is not completed (RFC 9110 13.1.5)": (
+        part("01234", 0, request={"Range": "bytes=0-4"}),
+        fetched("new", "max-age=60", {"ETag": '"v2"'}, sent={"range": "bytes=5-", "if-range": '"v1"'}),
+        stored("new"),
+    ),
+    "a range whose origin sends the whole stores the whole": (
+        fetched("0123456789", "max-age=60", ETAG, request={"Range": "bytes=0-3"}, sent={"range": "bytes=0-3"}),
+        stored("0123456789"),
+    ),
+    "a part that may not be stored is not": (
+        part("01234", 0, request={"Range": "bytes=0-4"}, cc="no-store"),
+        part("01234", 0, request={"Range": "bytes=0-4"}),
+    ),
+    **{
+        f"a part whose Content-Range is {value!r} is passed on, and not stored (RFC 9110 14.4)": (
+            fetched("01234", "max-age=60", {"Content-Range": value}, status=206, request={"Range": "bytes=0-4"}),
+            fetched("01234", "max-age=60", {"Content-Range": value}, status=206, request={"Range": "bytes=0-4"}),
+        )
+        for value in ("bytes 0-5/10", "bytes 0-4/*", "bytes 4-0/10", "lines 0-4/10", "bytes 6-10/10", "")
+    },
     **{
         f"a request with {name} passes by the cache, both ways": (
             fetched("part", "max-age=60", request={name: value}, sent={name.lower(): value}),
