@@ -25,6 +25,7 @@ from hishel import Headers, Request
 from msgspec import Meta
 
 from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.settings import Settings
 
 PROTOCOL = b"httpx-p2pcache/1"
 ANONYMOUS = ""
@@ -139,9 +140,10 @@ class Keyring:
     """Every key of a fleet, derived from one secret (HKDF-SHA256, RFC 5869) with the fleet's name mixed in.
 
     ``secret`` is never kept; the ``repr`` shows nothing. With ``one_user`` every identity is the same, by declaration.
+    ``previous`` is the keyring of the secret that this one replaces, while some still hold that alone.
     """
 
-    def __init__(self, secret: bytes, fleet: str, *, one_user: bool = False) -> None:
+    def __init__(self, secret: bytes, fleet: str, *, one_user: bool = False, previous: Keyring | None = None) -> None:
         # RFC 5869 §2.2 and §2.3 for one block. Not cryptography's HKDF, the same by test: a process that leaves sealing
         # to its daemon need not import that, which costs 20 ms.
         extracted = hmac.digest(fleet.encode() or bytes(32), secret, "sha256")
@@ -152,8 +154,17 @@ class Keyring:
         self._one_user = one_user
         self._identity = derive(b"identity")
         self._seal = derive(b"seal")
-        self.admission = derive(b"admission")
+        self._rendezvous = derive(b"rendezvous")
         self.label = derive(b"label").hex()[:16]
+        self.every: tuple[Keyring, ...] = (self,) if previous is None else (self, previous)  # the newest first
+        self.admission: tuple[bytes, ...] = (derive(b"admission"), *(previous.admission if previous else ()))
+
+    @classmethod
+    def of(cls, settings: Settings, secret: bytes) -> Keyring:
+        """The keys of the fleet that holds ``secret``, and of ``CACHE_PREVIOUS_SECRET``, which it replaces."""
+        fleet, one_user = settings.fleet, settings.shared_identity
+        old = settings.previous_secret.encode()
+        return cls(secret, fleet, one_user=one_user, previous=cls(old, fleet, one_user=one_user) if old else None)
 
     def __repr__(self) -> str:
         return "<Keyring>"
@@ -191,6 +202,10 @@ class Keyring:
         if name in CLEAR_FIELDS:
             return value
         return hmac.digest(self._identity, f"{name}:{value}".encode(), "sha256").hex()[:32]
+
+    def rendezvous(self, about: bytes) -> bytes:
+        """32 bytes that nobody else can compute, by which the fleet finds itself in public."""
+        return hmac.digest(self._rendezvous, about, "sha256")
 
     def seal(self, plain: bytes, about: bytes) -> bytes:
         """``plain`` for the eyes of the fleet; it opens only under the same ``about``, which is not hidden."""

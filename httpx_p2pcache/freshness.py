@@ -101,10 +101,11 @@ def initial_age(headers: Mapping[str, list[str]], sent: float, received: float) 
     match = _DELTA.fullmatch(lines[0].split(",")[0])
     age_value = min(int(match[1][:20]), _LONGEST) if match else 0
     date = http_date(", ".join(headers.get("date", ())))
+    delay = max(0.0, received - sent)
     apparent_age = max(0.0, received - date) if date is not None else 0.0
-    # Date has whole seconds: without this a response that took no time would begin up to a second old.
-    apparent_age = apparent_age if apparent_age >= 1 else 0.0
-    return max(apparent_age, age_value + max(0.0, received - sent))
+    # Date has whole seconds: one of the second in which the request was sent says nothing of an age.
+    apparent_age = apparent_age if apparent_age >= 1 + delay else 0.0
+    return max(apparent_age, age_value + delay)
 
 
 def lifetime(entry: Entry, default_ttl: float) -> float | None:

@@ -110,6 +110,7 @@ class PeerNetwork(Protocol):
     def status(self) -> dict[str, object]:
         """``p2p_enabled``, ``peer_id``, ``addresses``, ``connected_peers``, ``peers`` and ``runners``, as plain values.
 
+        ``unreached``: how many members of our members we cannot reach.
         ``runners``: what each runner of the fleet has counted since its node started, by the runner's name.
         """
         ...
@@ -163,6 +164,7 @@ class NoPeers:
             "peer_id": None,
             "addresses": [],
             "connected_peers": 0,
+            "unreached": 0,
             "peers": [],
             "runners": {},
         }

@@ -101,14 +101,19 @@ class QuotaBoard:
         self._pauses[place] = pause
         return now + pause
 
-    def merge(self, quota: Quota, now: float) -> None:
-        """What a member has learned; the later knowledge counts, and nothing beyond an hour from now."""
+    def merge(self, quota: Quota, now: float) -> bool:
+        """What a member has learned; the later knowledge counts, and nothing beyond an hour from now.
+
+        Returns whether it is news.
+        """
         place = quota.identity, quota.resource
         with self._lock:
             known = self._quotas.get(place)
-            if quota.seen <= now + LONGEST_PAUSE and (known is None or known.seen < quota.seen):
+            news = quota.seen <= now + LONGEST_PAUSE and (known is None or known.seen < quota.seen)
+            if news:
                 until = min(quota.refused_until, now + LONGEST_PAUSE)
                 self._keep(place, msgspec.structs.replace(quota, refused_until=until))
+            return news
 
     def refused(self, identity: str, url: str, now: float) -> bool:
         """Whether a call would be refused now; false once a minute, so that somebody finds out."""

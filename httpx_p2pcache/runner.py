@@ -131,7 +131,7 @@ def get_stats() -> dict[str, object]:
 
 def _start(settings: Settings) -> Exchange:
     secret = settings.shared_secret.encode() or local_secret(settings.dir)
-    keyring = Keyring(secret, settings.fleet, one_user=settings.shared_identity)
+    keyring = Keyring.of(settings, secret)
     stats = Stats()
     github = GitHub(settings, stats)
     quotas = QuotaBoard()

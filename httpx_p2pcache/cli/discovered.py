@@ -28,7 +28,7 @@ def discovered(settings: Settings, status: dict[str, Any] | None) -> list[dict[s
     for peer in status["peers"] if status else ():
         add(peer["peer_id"], peer["addresses"], peer["how"])
     if settings.shared_secret:
-        keyring = Keyring(settings.shared_secret.encode(), settings.fleet)
+        keyring = Keyring.of(settings, settings.shared_secret.encode())
         registry = Registry(settings.peer_registry or settings.dir / "peers", keyring, settings.peer_ttl)
         for sighting in _found(registry):
             add(base58.b58encode(sighting.peer_id).decode(), list(sighting.addresses), "registry")

@@ -78,6 +78,7 @@ class Control:
             "peer_id",
             "addresses",
             "connected_peers",
+            "unreached",
             "peers",
             "quotas",
             "cache_dir",

@@ -16,19 +16,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import anyio.to_thread
 import trio
 from libp2p.peer.id import ID
 
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.node.discovery import Discovery, Sighting
-from httpx_p2pcache.node.discovery.registry import Registry
-from httpx_p2pcache.node.discovery.static import StaticPeers
+from httpx_p2pcache.node.discovery.all import discoveries
 from httpx_p2pcache.node.home import Home
 from httpx_p2pcache.node.host import Host, announced, is_loopback, reset
 from httpx_p2pcache.node.members import Link, Member
 from httpx_p2pcache.node.protocol import (
     FRAME_OVERHEAD,
+    Acquainted,
     Introduce,
     Inventory,
     Message,
@@ -37,6 +38,7 @@ from httpx_p2pcache.node.protocol import (
     TellQuota,
     admit,
 )
+from httpx_p2pcache.node.search import BACK_OFF_SECONDS, Candidate, Search
 from httpx_p2pcache.node.worker import Worker
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
@@ -46,36 +48,18 @@ from httpx_p2pcache.store import Store
 logger = logging.getLogger("httpx_p2pcache")
 
 DIAL_SECONDS = 3.0  # to connect, secure, multiplex and be admitted
-ADMISSION_SECONDS = 2.0  # how long a stranger may stay before it has proved anything
-LOOK_AROUND_SECONDS = 0.25  # between two looks for new peers at the start ...
-LOOK_AROUND_LATER = 1.0  # ... and once the fleet has had time to form
-FORMING_SECONDS = 10.0
-BACK_OFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+ADMISSION_SECONDS = 1.5  # how long a stranger may stay before it has proved anything
 SILENCE_SECONDS = 5.0  # after which a member is asked whether it is still there
 URGENT_SECONDS = 1.0  # the same while somebody waits for it
 PING_SECONDS = 2.0
 COUNTS_SECONDS = 2.0  # between two messages to the members about what has been counted
 NEWCOMER_SECONDS = 0.5  # within which somebody who has connected is expected to know the others
-FORGET_SECONDS = 60.0  # after which a peer that cannot be reached, and is not seen any more, is forgotten
-DIALS_AT_ONCE = 32
-MAX_CANDIDATES = 2000
+MAX_RUNNERS = 1000  # whose counts one member may tell
+MAX_KNOWN = 10_000  # members that one member may have
 MAX_HOLDS = 1000  # cache keys in an inventory, the latest used
 FAREWELL_SECONDS = 0.8  # for publications that are under way when we leave
 
 Result = TypeVar("Result")
-
-
-@dataclass
-class _Candidate:
-    """A peer that may be there, and when it is tried next."""
-
-    peer_id: ID
-    addresses: list[str]
-    how: str
-    seen: float = field(default_factory=trio.current_time)
-    failures: int = 0
-    next_try: float = 0.0
-    dialling: bool = False
 
 
 @dataclass
@@ -91,24 +75,25 @@ class Fleet:
     addresses: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.host = Host(self._accept)
+        self.host: Any = self._make_host()
         self.home = Home(self)
+        self.search = Search(self, self._discoveries())
+        self.unreached = 0  # how many members of our members we cannot reach
         self.joined = trio.Event()
         self.stopping = trio.Event()
         self.nursery: trio.Nursery
-        self._candidates: dict[ID, _Candidate] = {}
-        self._changed = trio.Event()
         self._called_ready: set[ID] = set()
         self._somebody_ready = trio.Event()
         self._worker = Worker("p2pcache-disk")
-        self._discoveries: list[Discovery] = [
-            StaticPeers(self.settings.bootstrap_peers),
-            Registry(self.settings.peer_registry or self.settings.dir / "peers", self.keyring, self.settings.peer_ttl),
-        ]
-        self._failed_discoveries: set[str] = set()
         self._ledger = Ledger(self.settings.dir)
         self._began = time.time()
         self.counts = TellCounts("", {})  # of this runner
+
+    def _make_host(self) -> Any:
+        return Host(self._accept, self.members.__contains__, self.settings.dir)
+
+    def _discoveries(self) -> list[Discovery]:
+        return discoveries(self.settings, self.keyring)
 
     async def run(self, started: Callable[[], None]) -> None:
         """Be a member until ``stopping`` is set; ``started`` is called once we listen. Raises OSError if we cannot."""
@@ -118,7 +103,7 @@ class Fleet:
                 try:
                     async with trio.open_nursery() as self.nursery:
                         started()
-                        self.nursery.start_soon(self._look_around)
+                        self.nursery.start_soon(self.search.run, self._get_ready)
                         self.nursery.start_soon(self._watch)
                         self.nursery.start_soon(self._show_out_strangers)
                         self.nursery.start_soon(self._tell_counts)
@@ -129,14 +114,13 @@ class Fleet:
                         self.nursery.cancel_scope.cancel()
                 finally:
                     with trio.CancelScope(shield=True), trio.move_on_after(0.5):
-                        for discovery in self._discoveries:
-                            await self._tried(discovery, discovery.withdraw)
+                        await self.search.withdraw()
         finally:
             self._worker.stop()
 
     def runners(self) -> dict[str, dict[str, int]]:
         """What each runner of the fleet has counted, as last heard: by the runner's name, this one's included."""
-        told = [self.counts, *(m.counts for m in list(self.members.values()) if m.counts is not None)]
+        told = [self.counts, *(one for m in list(self.members.values()) for one in list(m.counts.values()))]
         # A runner without a daemon may have several nodes, of which each tells what all its processes have counted.
         return {one.runner: one.counts for one in sorted(told, key=lambda t: t.counts.get("requests", 0)) if one.runner}
 
@@ -170,123 +154,51 @@ class Fleet:
         await done.wait()
         return future.result()
 
-    # Who is there?
+    async def in_thread(self, func: Callable[[], Result]) -> Result:
+        """``func()`` in a thread of its own, which may take long; we do not wait for it beyond our own end."""
+        return await anyio.to_thread.run_sync(func, abandon_on_cancel=True)
 
-    async def _look_around(self) -> None:
-        began = trio.current_time()
-        for discovery in self._discoveries:
-            await self._tried(discovery, partial(discovery.announce, self.host.id.to_bytes(), self.addresses))
-        while True:
-            for discovery in self._discoveries:
-                for sighting in await self._tried(discovery, discovery.find) or ():
-                    self.sighted(sighting)
-            due = self._due()
-            if self.joined.is_set():
-                for candidate in due:
-                    self.spawn(self._dial, candidate)
-            else:
-                async with trio.open_nursery() as nursery:
-                    for candidate in due:
-                        nursery.start_soon(self._dial, candidate)
-                await self._get_ready()
-            forming = trio.current_time() - began < FORMING_SECONDS
-            self._changed = trio.Event()
-            with trio.move_on_after(LOOK_AROUND_SECONDS if forming else LOOK_AROUND_LATER):
-                await self._changed.wait()
+    # Who comes, and who is let in
 
-    async def _tried(self, discovery: Discovery, func: Callable[[], Result]) -> Result | None:
-        name = type(discovery).__name__
-        try:
-            found = await self.in_worker(func)
-        except OSError as exc:
-            if name not in self._failed_discoveries:
-                self._failed_discoveries.add(name)
-                logger.warning("%s cannot be used to find peers: %s", name, exc)
-            return None
-        self._failed_discoveries.discard(name)
-        return found
-
-    def sighted(self, sighting: Sighting) -> None:
-        """Somebody may be there: it is dialled when it is due."""
-        try:
-            peer_id = ID(sighting.peer_id)
-        except Exception:  # py-libp2p has no one error for a peer ID that is none
-            return
-        if peer_id == self.host.id or not sighting.addresses:
-            return
-        known = self._candidates.get(peer_id)
-        if known is None and len(self._candidates) >= MAX_CANDIDATES:
-            return
-        if known is None:
-            self._candidates[peer_id] = _Candidate(peer_id, list(sighting.addresses), sighting.how)
-            self._changed.set()
-        else:
-            known.addresses, known.seen = list(sighting.addresses), trio.current_time()
-
-    def _due(self) -> list[_Candidate]:
-        """Whom to dial now. Who has failed often, and is not seen any more, is forgotten."""
-        now = trio.current_time()
-        for candidate in list(self._candidates.values()):
-            gone = candidate.failures > len(BACK_OFF_SECONDS) and now - candidate.seen > FORGET_SECONDS
-            if gone and candidate.peer_id not in self.members and candidate.how != "bootstrap":
-                del self._candidates[candidate.peer_id]
-                self.host.forget(candidate.peer_id)
-        found = [
-            candidate
-            for candidate in self._candidates.values()
-            if candidate.peer_id not in self.members and not candidate.dialling and candidate.next_try <= now
-        ]
-        return found[:DIALS_AT_ONCE]
-
-    async def _dial(self, candidate: _Candidate) -> None:
-        candidate.dialling = True
+    async def dial(self, candidate: Candidate, peer_id: ID, timeout: float) -> None:
+        """Make a candidate a member. Raises :class:`Rejected` if it does not hold the secret, OSError or else."""
         stream = None
         try:
-            with trio.fail_after(DIAL_SECONDS):
-                stream = await self.host.connect(candidate.addresses, candidate.peer_id, DIAL_SECONDS)
-                await self._admit(stream, candidate.peer_id, dialled=True)
-                link = Link(stream, candidate.peer_id, self._frame_limit)
+            with trio.fail_after(timeout):
+                stream = await self.host.connect(candidate.addresses, peer_id, timeout)
+                keyring = await self._admit(stream, peer_id, dialled=True)
+                link = Link(stream, peer_id, keyring, self._frame_limit)
                 self.spawn(self._serve, link, candidate.how, candidate.addresses)
                 await link.introduced.wait()
             if link.closed.is_set():
                 raise OSError("it has left at once")
-        except Exception as exc:
-            logger.debug("a peer found by %s was not reached: %r", candidate.how, exc)
-            wait = BACK_OFF_SECONDS[min(candidate.failures, len(BACK_OFF_SECONDS) - 1)]
-            candidate.failures += 1
-            candidate.next_try = trio.current_time() + wait
+        except BaseException:
             if stream is not None:
                 await reset(stream)
-        else:
-            candidate.failures = 0
-        finally:
-            candidate.dialling = False
+            raise
 
     async def _accept(self, stream: Any, peer_id: ID) -> None:
         """Somebody has opened a stream to us."""
         try:
             with trio.fail_after(ADMISSION_SECONDS):
-                await self._admit(stream, peer_id, dialled=False)
+                keyring = await self._admit(stream, peer_id, dialled=False)
         except Exception as exc:
             logger.debug("a peer was not admitted: %r", exc)
             self.stats.add("rejected")
             await reset(stream)
+            if peer_id not in self.members:
+                await self.host.refuse(peer_id)
             return
-        link = Link(stream, peer_id, self._frame_limit)
-        known = self._candidates.get(peer_id)
+        link = Link(stream, peer_id, keyring, self._frame_limit)
+        known = self.search.candidates.get(peer_id)
         await self._serve(link, known.how if known else "inbound", known.addresses if known else [])
 
-    async def _admit(self, stream: Any, peer_id: ID, *, dialled: bool) -> None:
+    async def _admit(self, stream: Any, peer_id: ID, *, dialled: bool) -> Keyring:
         ours, theirs = self.host.id.to_bytes(), peer_id.to_bytes()
         dialler, listener = (ours, theirs) if dialled else (theirs, ours)
-        await admit(
-            stream,
-            self.keyring.admission,
-            dialler=dialler,
-            listener=listener,
-            dialled=dialled,
-            nonce=os.urandom(32),
-        )
+        keys, nonce = self.keyring.admission, os.urandom(32)
+        held = await admit(stream, keys, dialler=dialler, listener=listener, dialled=dialled, nonce=nonce)
+        return self.keyring.every[held]
 
     @property
     def _frame_limit(self) -> int:
@@ -306,9 +218,11 @@ class Fleet:
                 if link.peer_id in self.members:
                     self._is_ready(self.members[link.peer_id])
                 await link.send(Inventory(message.call, holds, self.home.fetching()))
+            elif isinstance(message, Acquainted):
+                self._acquainted(link, message)
             elif isinstance(message, TellCounts):
-                if link.peer_id in self.members:
-                    self.members[link.peer_id].counts = message
+                if link.peer_id in self.members and len(self.members[link.peer_id].counts) < MAX_RUNNERS:
+                    self.members[link.peer_id].counts[message.runner] = message
             else:
                 await self.home.handle(link, message)
 
@@ -319,18 +233,20 @@ class Fleet:
             self._part_from(link)
 
     async def _introduce(self, link: Link) -> None:
-        members = [(m.peer_id.to_bytes(), m.addresses[:16]) for m in self.members.values() if m.addresses]
+        members = [(m.peer_id.to_bytes(), m.addresses[:16]) for m in self.members.values()]
         takes, ready = self.settings.max_body_size, self.joined.is_set()
-        await link.send(Introduce(self.addresses[:16], socket.gethostname(), members[:1000], takes, ready))
+        addresses, host = self.addresses[:16], socket.gethostname()
+        await link.send(Introduce(addresses, host, members[:1000], takes, ready, self.unreached))
 
     def _introduced(self, link: Link, said: Introduce, how: str, addresses: list[str]) -> None:
         here = said.host == socket.gethostname()
-        reachable = [a for a in said.addresses if here or not is_loopback(a)] or addresses
+        reachable = [a for a in said.addresses if here or not is_loopback(a)]
+        reachable += self.host.seen_at(link.peer_id, said.addresses)
+        reachable = list(dict.fromkeys(reachable)) or addresses
         member = self.members.get(link.peer_id)
         if member is None:
             # Who came before it is told of it: two that come at the same moment learn of each other only so.
-            for other in list(self.members.values()):
-                self.spawn(self._introduce, other.link)
+            self._tell_acquainted(come=[(link.peer_id.to_bytes(), reachable[:16])])
             member = self.members[link.peer_id] = Member(link.peer_id, how, reachable)
             for quota in self.quotas.known():
                 self.spawn(link.send, TellQuota(quota))
@@ -340,12 +256,53 @@ class Fleet:
         if said.ready:
             self._is_ready(member)
         link.introduced.set()
-        self.sighted(Sighting(peer_id=link.peer_id.to_bytes(), addresses=tuple(reachable), how=how))
-        for peer_id, theirs in said.members:
-            known = tuple(a for a in theirs if here or not is_loopback(a))
-            self.sighted(Sighting(peer_id=peer_id, addresses=known, how="peers"))
+        self.search.sighted(Sighting(peer_id=link.peer_id.to_bytes(), addresses=tuple(reachable), how=how))
+        member.knows = set()
+        self._acquainted(link, Acquainted(said.members, [], said.unreached))
         if self.joined.is_set() and link.peer_id not in self._called_ready:
             self.spawn(self._call_ready, member)
+
+    def _acquainted(self, link: Link, said: Acquainted) -> None:
+        """A member tells whom it knows: they may be there for us as well."""
+        member = self.members.get(link.peer_id)
+        if member is None:
+            return
+        member.unreached = said.unreached
+        for peer_id, addresses in said.come:
+            known = tuple(a for a in addresses if not is_loopback(a) or self.addresses_are_local(member))
+            self.search.sighted(Sighting(peer_id=peer_id, addresses=known, how="peers"))
+            if len(member.knows) < MAX_KNOWN:
+                member.knows.add(ID(peer_id))
+        member.knows -= {ID(peer_id) for peer_id in said.gone}
+        self.reach_changed()
+
+    def addresses_are_local(self, member: Member) -> bool:
+        """Whether loopback addresses that a member tells are of this machine."""
+        return any(is_loopback(address) for address in member.addresses)
+
+    def _tell_acquainted(
+        self, *, come: list[tuple[bytes, list[str]]] | None = None, gone: list[bytes] | None = None
+    ) -> None:
+        news = Acquainted(come or [], gone or [], self.unreached)
+        for member in list(self.members.values()):
+            if member.links:
+                self.spawn(member.link.send, news)
+
+    def reach_changed(self) -> None:
+        """Somebody has come or gone, here or at a member: do we still reach all whom our members reach?"""
+        known: set[ID] = set().union(*(member.knows for member in self.members.values()))
+        known -= {self.host.id, *self.members}
+        unreached = self.search.candidates.unreached(known)
+        if unreached != self.unreached:
+            self.unreached = unreached
+            self._tell_acquainted()
+
+    def unknown_to(self, peer_id: ID) -> list[Member]:
+        """The members whom a member cannot tell something itself."""
+        member = self.members.get(peer_id)
+        if member is None:
+            return []
+        return [one for one in self.members.values() if one is not member and one.peer_id not in member.knows]
 
     async def _get_ready(self) -> None:
         """Everybody whom we could find is connected: now we are a home, and are told what there is."""
@@ -393,9 +350,11 @@ class Fleet:
             del self.members[link.peer_id]
             self._called_ready.discard(link.peer_id)
             self.home.lost(link.peer_id)
-            candidate = self._candidates.get(link.peer_id)
+            candidate = self.search.candidates.get(link.peer_id)
             if candidate is not None:
                 candidate.next_try = trio.current_time() + BACK_OFF_SECONDS[0]
+            self._tell_acquainted(gone=[link.peer_id.to_bytes()])
+            self.reach_changed()
 
     # Is everybody still there?
 
@@ -439,9 +398,12 @@ class Fleet:
             runner, counts = await self.in_worker(lambda: (self._ledger.runner(), self._ledger.read(self._began)))
             self.counts = TellCounts(runner, {name: n for name, n in total(counts).items() if n})
             for member in list(self.members.values()):
-                if member.told_counts != self.counts:
-                    member.told_counts = self.counts
-                    self.spawn(member.link.send, self.counts)
+                known = [self.counts]  # and what comes from those whom it does not know itself
+                known += [one for m in self.unknown_to(member.peer_id) for one in m.counts.values()]
+                for one in known:
+                    if one.runner and member.told_counts.get(one.runner) != one:
+                        member.told_counts[one.runner] = one
+                        self.spawn(member.link.send, one)
 
     async def _show_out_strangers(self) -> None:
         """Who is connected but was not admitted in time is disconnected."""
@@ -452,6 +414,6 @@ class Fleet:
             strangers = [p for p in self.host.connected() if p not in self.members]
             seen = {p: seen.get(p, now) for p in strangers}
             for peer_id, since in seen.items():
-                candidate = self._candidates.get(peer_id)
+                candidate = self.search.candidates.get(peer_id)
                 if now - since > ADMISSION_SECONDS and not (candidate and candidate.dialling):
                     self.spawn(self.host.disconnect, peer_id)

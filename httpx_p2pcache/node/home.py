@@ -10,22 +10,26 @@ and Ravishankar 1998). It keeps the key's claims and a copy of what is published
       │                                   │ <──────────── Publish
       │ <──────────────────────── Found ──┘ ───────────> Published(served) ── Push to all who were not served
 
-Membership may be seen differently for a moment; then a key has two homes, and two fetches at the worst. Whoever becomes
-a home is told in the :class:`Inventory` of each member what that member holds, and what it is fetching.
+Membership may be seen differently for a moment; then a key has two homes, and two fetches at the worst. Who becomes a
+home is told in the :class:`Inventory` of each member what that member holds, and what it is fetching.
+
+Where not everybody can reach everybody (NAT), each tells its members how many of *their* members it cannot reach, and
+only those that reach the most are homes (:func:`home_among`): a fleet around one reachable node has all of them there.
+What concerns everybody, a write or a quota, is passed on to those whom its sender does not know.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
 import trio
 from libp2p.peer.id import ID
 
@@ -51,7 +55,7 @@ from httpx_p2pcache.node.protocol import (
     TellQuota,
     Wait,
 )
-from httpx_p2pcache.node.shelf import BodyMissing, Shelf, helps, resident
+from httpx_p2pcache.node.shelf import BodyMissing, Parcel, Shelf, helps, resident
 from httpx_p2pcache.quota import Quota
 from httpx_p2pcache.stored import Stored
 
@@ -62,6 +66,7 @@ logger = logging.getLogger("httpx_p2pcache")
 
 MAX_HOMES = 3  # asked in turn, when one after another is lost while we wait there
 BUSY = 4  # questions under way beyond which the next is told to wait before it is looked at
+MAX_WRITES = 1000  # remembered, so that none goes in circles
 MAX_HINTS = 20_000  # cache keys of which we know who holds them
 
 
@@ -94,6 +99,7 @@ class Home:
         self._hints: OrderedDict[bytes, ID] = OrderedDict()
         self._fetching: dict[bytes, _Fetch] = {}
         self._waiting_at: dict[int, ID] = {}
+        self._writes: OrderedDict[int, None] = OrderedDict()  # of which we have heard
         self._own_calls = 0
         self._answering = 0
         self._publishing = 0
@@ -119,14 +125,9 @@ class Home:
 
     def _home_of(self, key: bytes) -> Member | None:
         """The member that is home to ``key``; None if it is this node."""
-        ours = self._fleet.host.id
-
-        def weight(peer_id: ID) -> bytes:
-            return hashlib.blake2b(peer_id.to_bytes() + key, digest_size=8).digest()
-
-        members = [member for member in self._fleet.members.values() if member.usable()]
-        best = max(members, key=lambda member: weight(member.peer_id), default=None)
-        return None if best is None or weight(ours) > weight(best.peer_id) else best
+        members = {m.peer_id: m for m in self._fleet.members.values() if m.usable()}
+        reach = {peer_id: member.unreached for peer_id, member in members.items()}
+        return members.get(home_among({**reach, self._fleet.host.id: self._fleet.unreached}, key))
 
     async def _ask_there(self, home: Member, question: Question, future: Future[Answer]) -> Future[Answer] | None:
         """Ask a member; a future if it was lost while we waited there, which is then still to be answered."""
@@ -153,11 +154,11 @@ class Home:
                 finally:
                     del self._waiting_at[id(call)]
             if isinstance(answer, Found):
-                stored = await self._shelf.received(question.key, answer.sealed, answer.resident)
+                stored = await self._shelf.received(question.key, answer.sealed, answer.resident, link.keyring)
                 self._resolve(future, Unclaimed() if stored is None else network.Found(), question)
             elif isinstance(answer, Granted):
                 if answer.sealed:
-                    await self._shelf.received(question.key, answer.sealed, answer.resident)
+                    await self._shelf.received(question.key, answer.sealed, answer.resident, link.keyring)
                 self._granted(future, question, answer.id, home.peer_id)
             else:
                 self._resolve(future, Unclaimed(), question)
@@ -233,35 +234,32 @@ class Home:
         if not self._fleet.members:
             return
         key = cache_key(entry.url)
-        whole = self._fleet.keyring.seal_entry(entry)
-        light = self._fleet.keyring.seal_entry(msgspec.structs.replace(entry, body=b"")) if refreshed else whole
+        parcel = Parcel(entry, refreshed=refreshed)
         home = self._home_of(key)
         if home is not None and len(entry.body) > home.takes:
             home = None
         self._publishing += 1
         try:
-            forms = [light, whole] if refreshed else [whole]
-            served = set() if home is None else await self._publish_at(home, key, claim, forms, entry.received)
+            served = set() if home is None else await self._publish_at(home, key, claim, parcel)
             async with trio.open_nursery() as nursery:
                 for member in list(self._fleet.members.values()) if widely else ():
                     if member.peer_id.to_bytes() not in served and len(entry.body) <= member.takes:
-                        nursery.start_soon(self._push, member, key, claim, light, entry.received)
+                        nursery.start_soon(self._push, member, key, claim, parcel)
         finally:
             self._publishing -= 1
             if not self._publishing:
                 self._all_published.set()
                 self._all_published = trio.Event()
 
-    async def _publish_at(
-        self, home: Member, key: bytes, claim: bytes, forms: list[bytes], received: float
-    ) -> set[bytes]:
-        """Give the home the first of ``forms`` that it can use; returns who has the entry by that."""
-        for sealed in forms:
-
-            def build(number: int, sealed: bytes = sealed) -> Publish:
-                return Publish(number, key, claim, sealed, resident(received))
-
+    async def _publish_at(self, home: Member, key: bytes, claim: bytes, parcel: Parcel) -> set[bytes]:
+        """Give the home the first form of the entry that it can use; returns who has the entry by that."""
+        for whole in (False, True):
             try:
+                sealed = parcel.sealed(home.keyring, whole=whole)
+
+                def build(number: int, sealed: bytes = sealed) -> Publish:
+                    return Publish(number, key, claim, sealed, resident(parcel.entry.received))
+
                 answer = await home.link.call(build, self._fleet.settings.claim_timeout)
             except OSError:
                 self._fleet.stats.add("peer_failures")
@@ -275,31 +273,45 @@ class Home:
         while self._publishing:
             await self._all_published.wait()
 
-    async def _push(self, member: Member, key: bytes, claim: bytes, sealed: bytes, received: float) -> None:
+    async def _push(self, member: Member, key: bytes, claim: bytes, parcel: Parcel) -> None:
         try:
             if member.links:
-                await member.link.send(Push(key, claim, sealed, resident(received)))
+                sealed = parcel.sealed(member.keyring, whole=False)
+                await member.link.send(Push(key, claim, sealed, resident(parcel.entry.received)))
         except OSError:
             self._fleet.stats.add("peer_failures")
 
     async def invalidate(self, keys: list[bytes], future: Future[None]) -> None:
         """Tell everybody; ``future`` is resolved when all have answered or are given up."""
-
-        async def tell(member: Member) -> None:
-            try:
-                await member.link.call(lambda n: Invalidate(n, keys), self._fleet.settings.lookup_timeout)
-            except OSError:
-                self._fleet.stats.add("peer_failures")
-
         try:
-            async with trio.open_nursery() as nursery:
-                for member in list(self._fleet.members.values()):
-                    nursery.start_soon(tell, member)
+            await self._tell_write(keys, secrets.randbits(63), list(self._fleet.members.values()))
         finally:
             try:
                 future.set_result(None)
             except InvalidStateError:  # the writer has gone on already
                 pass
+
+    async def _tell_write(self, keys: list[bytes], id_: int, members: list[Member]) -> None:
+        self._writes[id_] = None
+        while len(self._writes) > MAX_WRITES:
+            self._writes.popitem(last=False)
+
+        async def tell(member: Member) -> None:
+            try:
+                await member.link.call(lambda n: Invalidate(n, keys, id_), self._fleet.settings.lookup_timeout)
+            except OSError:
+                self._fleet.stats.add("peer_failures")
+
+        async with trio.open_nursery() as nursery:
+            for member in members:
+                nursery.start_soon(tell, member)
+
+    async def _written(self, link: Link, message: Invalidate) -> None:
+        if message.id not in self._writes:
+            await self._fleet.in_worker(partial(self._fleet.store.invalidate, message.keys))
+            if message.id:
+                await self._tell_write(message.keys, message.id, self._fleet.unknown_to(link.peer_id))
+        await link.send(Done(message.call))
 
     async def tell_quota(self, quota: Quota) -> None:
         """Let every member know."""
@@ -315,17 +327,18 @@ class Home:
         elif isinstance(message, Publish):
             await self._published(link, message)
         elif isinstance(message, Push):
-            stored = await self._shelf.received(message.key, message.sealed, message.resident)
+            stored = await self._shelf.received(message.key, message.sealed, message.resident, link.keyring)
             if stored is not None:
                 self._tell(self._claims.release(message.claim, None, Verdict.PUBLISHED, trio.current_time()))
         elif isinstance(message, Release):
             told = self._claims.release(message.claim, message.id, message.verdict, trio.current_time())
             self._tell(told)
         elif isinstance(message, Invalidate):
-            await self._fleet.in_worker(partial(self._fleet.store.invalidate, message.keys))
-            await link.send(Done(message.call))
+            await self._written(link, message)
         elif isinstance(message, TellQuota):
-            self._fleet.quotas.merge(message.quota, time.time())
+            if self._fleet.quotas.merge(message.quota, time.time()):
+                for member in self._fleet.unknown_to(link.peer_id):
+                    self._fleet.spawn(member.link.send, message)
         elif isinstance(message, Granted):  # to one of us who has given up
             await link.send(Release(message.claim, message.id, Verdict.ABANDONED))
 
@@ -345,7 +358,8 @@ class Home:
             await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
         stored = await (self._shelf.select(question) if message.forwarded else self._find(question))
         if stored is not None and helps(stored, question):
-            await link.send(Found(call, self._shelf.sealed(stored, question), resident(stored.entry.received)))
+            sealed = self._shelf.sealed(stored, question, link.keyring)
+            await link.send(Found(call, sealed, resident(stored.entry.received)))
             return
         if message.forwarded:
             await link.send(Nothing(call))
@@ -367,7 +381,7 @@ class Home:
     async def _grant(self, link: Link, call: int, question: Question, id_: int, stale: Stored | None) -> None:
         sealed, held_for = b"", 0.0
         if stale is not None and stale.entry.digest != question.holds:
-            sealed = self._shelf.seal(stale, light=False)
+            sealed = self._shelf.seal(stale, link.keyring, light=False)
             held_for = resident(stale.entry.received)
         try:
             await link.send(Granted(call, question.claim, id_, sealed, held_for))
@@ -383,7 +397,7 @@ class Home:
                 await self._grant(link, call, question, tidings.id, stored)
             elif isinstance(tidings, Look) and stored is not None:
                 held_for = resident(stored.entry.received)
-                await link.send(Found(call, self._shelf.sealed(stored, question), held_for))
+                await link.send(Found(call, self._shelf.sealed(stored, question, link.keyring), held_for))
             else:
                 await link.send(Nothing(call))
         except OSError:
@@ -391,7 +405,8 @@ class Home:
 
     async def _published(self, link: Link, message: Publish) -> None:
         try:
-            stored = await self._shelf.received(message.key, message.sealed, message.resident, missing_ok=False)
+            sealed, held_for, keyring = message.sealed, message.resident, link.keyring
+            stored = await self._shelf.received(message.key, sealed, held_for, keyring, missing_ok=False)
         except BodyMissing:
             await link.send(Published(message.call, [], False))
             return
@@ -417,7 +432,7 @@ class Home:
         except OSError:
             return stored
         if isinstance(answer, Found):
-            await self._shelf.received(question.key, answer.sealed, answer.resident)
+            await self._shelf.received(question.key, answer.sealed, answer.resident, holder.keyring)
         return await self._shelf.select(question)
 
     def _tell(self, told: Told[Asker]) -> None:
@@ -457,6 +472,20 @@ class Home:
         for claim, id_, left in said.fetching:
             life = min(left, self._fleet.settings.claim_timeout)
             self._claims.adopt(claim, Asker(peer_id, 0, _nobody), now + life, id_)
+
+
+def home_among(unreached: Mapping[ID, int], key: bytes) -> ID:
+    """The home of ``key`` among nodes of which each has that many members of the fleet that it cannot reach.
+
+    Only those that reach the most can be homes: in a fleet behind NAT that is its hub, and every node sees the same.
+    Among these rendezvous hashing decides, so that a node that comes or goes moves its own keys alone.
+    """
+    least = min(unreached.values())
+
+    def weight(peer_id: ID) -> bytes:
+        return hashlib.blake2b(peer_id.to_bytes() + key, digest_size=8).digest()
+
+    return max((peer_id for peer_id, count in unreached.items() if count == least), key=weight)
 
 
 def _nobody(tidings: Tidings) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hmac
 import logging
 import os
 import secrets
 import socket
 import tempfile
+import uuid
 import weakref
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import ifaddr
@@ -34,6 +38,12 @@ logger = logging.getLogger("httpx_p2pcache")
 
 PORTS_TRIED = 100  # after the one asked for; then any
 CLOSE_SECONDS = 1.0
+UPGRADE_SECONDS = 1.0  # for who connects to us to secure and multiplex the connection
+STRANGER_LOOK_SECONDS = 0.1  # between two looks whether a stranger has become a member
+MAX_STRANGERS = 32
+MAX_FAILURES = 20  # of one address ...
+NOISY_SECONDS = 20.0  # ... in so many seconds, and for so long it is kept away
+MAX_REMEMBERED = 1000
 
 # What py-libp2p logs about connections that end is its everyday life, not its user's.
 logging.getLogger("libp2p").setLevel(logging.CRITICAL)
@@ -42,10 +52,20 @@ logging.getLogger("multiaddr").setLevel(logging.CRITICAL)
 
 
 class Host:
-    """One libp2p host: listens, dials, opens streams of our protocol. Lives in one trio loop."""
+    """One libp2p host: listens, dials, opens streams of our protocol. Lives in one trio loop.
 
-    def __init__(self, on_stream: Callable[[Any, ID], Any]) -> None:
-        key_pair = create_new_key_pair(secrets.token_bytes(32))
+    ``on_stream`` is given each stream and whose it is; ``is_member`` says who has been admitted. With ``directory`` the
+    peer ID is that of the last node that was there, unless that still runs.
+    """
+
+    def __init__(
+        self,
+        on_stream: Callable[[Any, ID], Any],
+        is_member: Callable[[ID], bool] = lambda _: False,
+        directory: Path | None = None,
+    ) -> None:
+        self._key_lock, seed = kept_seed(directory)
+        key_pair = create_new_key_pair(seed)
         self._host: Any = new_host(
             key_pair=key_pair,
             # Without this plaintext is accepted as well, and a peer ID can be forged.
@@ -58,6 +78,8 @@ class Host:
         self._swarm.auto_connector.maybe_connect = _nothing  # it dials whom it has heard of, beside our own dials
         self._swarm.set_resource_manager(None)  # it leaks a slot per cancelled dial: the limits are ours
         self._locks: dict[ID, trio.Lock] = {}
+        self._is_member = is_member
+        self._gate = Gate()
         self._raw: weakref.WeakSet[Any] = weakref.WeakSet()
         self._wrap_inbound_upgrade()
         self.id: ID = self._host.get_id()
@@ -86,8 +108,30 @@ class Host:
         inbound, outbound = self._swarm.upgrade_inbound_raw_conn, self._swarm.upgrade_outbound_raw_conn
 
         async def upgrade_and_stay(raw: Any, address: Any) -> Any:
+            ip = str((raw.get_remote_address() or ("",))[0])
+            if not self._gate.admits(ip, trio.current_time()):
+                await raw.close()
+                raise SwarmException("too many strangers")
             self._raw.add(raw)
-            connection = await inbound(raw, address)
+            connection = None
+            try:
+                with trio.fail_after(UPGRADE_SECONDS):
+                    connection = await inbound(raw, address)
+                peer_id = connection.peer_id
+                if self._gate.refuses(peer_id, trio.current_time()):
+                    await self.disconnect(peer_id)
+                else:
+                    # The gate keeps its place until it has been admitted, or shown out.
+                    while not self._is_member(peer_id) and not connection.event_closed.is_set():
+                        with trio.move_on_after(STRANGER_LOOK_SECONDS):
+                            await connection.event_closed.wait()
+            except BaseException:
+                with trio.CancelScope(shield=True), trio.move_on_after(0.1):
+                    await raw.close()
+                raise
+            finally:
+                welcome = connection is not None and self._is_member(connection.peer_id)
+                self._gate.passed(ip, trio.current_time(), welcome=welcome)
             await connection.event_closed.wait()
             raise SwarmException("closed")
 
@@ -97,6 +141,43 @@ class Host:
 
         self._swarm.upgrade_inbound_raw_conn = upgrade_and_stay
         self._swarm.upgrade_outbound_raw_conn = upgrade
+
+    async def refuse(self, peer_id: ID) -> None:
+        """It does not hold the secret: it is cut off, and kept away for a while."""
+        self._gate.refuse(peer_id, trio.current_time())
+        await self.disconnect(peer_id)
+
+    async def who_is_at(self, addresses: list[str], timeout: float) -> ID:
+        """The peer ID that whoever is at one of these addresses can prove to have. Raises OSError."""
+        try:
+            with trio.fail_after(timeout):
+                for address in addresses:
+                    multiaddr = Multiaddr(address)
+                    transport = self._swarm.transport_manager.transport_for_dialing(multiaddr)
+                    raw = await transport.dial(multiaddr)
+                    try:
+                        secured = await self._swarm.upgrader.security_multistream.secure_outbound(raw, None)
+                        peer_id: ID = secured.get_remote_peer()
+                        return peer_id
+                    finally:
+                        with trio.CancelScope(shield=True), trio.move_on_after(0.1):
+                            await raw.close()
+        except trio.TooSlowError as exc:
+            raise OSError(errno.ETIMEDOUT, "nobody has answered in time") from exc
+        except Exception as exc:  # py-libp2p raises whatever went wrong at whichever layer
+            raise OSError(errno.ECONNABORTED, "nobody could be reached") from exc
+        raise OSError("no address")
+
+    def seen_at(self, peer_id: ID, announced: list[str]) -> list[str]:
+        """Where a peer that has dialled us may be dialled: the address we see it at, with the port it announces."""
+        found = []
+        for connection in self._swarm.get_connections(peer_id):
+            remote = connection.muxed_conn.secured_conn.get_remote_address()
+            ports = {port for a in announced if (port := a.partition("/tcp/")[2].partition("/")[0])}
+            if remote is not None and not getattr(connection.muxed_conn, "is_initiator", True):
+                ip = str(remote[0])
+                found += [f"/{'ip6' if ':' in ip else 'ip4'}/{ip}/tcp/{port}" for port in sorted(ports)[:2]]
+        return [address for address in found if not is_loopback(address)]
 
     @contextlib.asynccontextmanager
     async def listening(self, address: str, port: int) -> AsyncIterator[int]:
@@ -121,6 +202,9 @@ class Host:
                 for peer_id in list(self._swarm.connections):
                     nursery.start_soon(self.disconnect, peer_id)
             await self._host.close()
+        if self._key_lock is not None:
+            os.close(self._key_lock)
+            self._key_lock = None
 
     async def connect(self, addresses: list[str], peer_id: ID, timeout: float) -> Any:
         """A stream to ``peer_id``, over the connection there is or a new one to the first address that answers.
@@ -173,7 +257,51 @@ class Host:
         """The file descriptors of all our sockets: a forked child has to close them, or peers never see them end."""
         found = [one for many in self._swarm.listeners.values() for one in getattr(many, "listeners", ())]
         found += [getattr(getattr(raw, "stream", None), "stream", None) for raw in self._raw]
-        return [one.socket.fileno() for one in found if hasattr(one, "socket") and one.socket.fileno() >= 0]
+        numbers = [one.socket.fileno() for one in found if hasattr(one, "socket") and one.socket.fileno() >= 0]
+        return numbers if self._key_lock is None else [*numbers, self._key_lock]
+
+
+class Gate:
+    """Who may come in before it has proved anything. Knows no clock: every event takes ``now``, in seconds.
+
+    At most MAX_STRANGERS at a time; an address from which many have failed, and a peer that does not hold the secret,
+    are kept away for a while. Members are inside already, and those whom we dial ourselves do not pass here.
+    """
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()  # by address: how many, since when
+        self._refused: OrderedDict[ID, float] = OrderedDict()
+
+    def admits(self, ip: str, now: float) -> bool:
+        """Whether a connection from this address may try; if so, :meth:`passed` is to be called for it."""
+        count, since = self._failures.get(ip, (0, now))
+        if now - since > NOISY_SECONDS:
+            self._failures.pop(ip, None)
+            count = 0
+        if count >= MAX_FAILURES or self._inside >= MAX_STRANGERS:
+            return False
+        self._inside += 1
+        return True
+
+    def passed(self, ip: str, now: float, *, welcome: bool) -> None:
+        """It has been admitted (``welcome``), or it has left, or was shown out."""
+        self._inside -= 1
+        if welcome:
+            self._failures.pop(ip, None)
+            return
+        count, since = self._failures.get(ip, (0, now))
+        self._failures[ip] = count + 1, since
+        while len(self._failures) > MAX_REMEMBERED:
+            self._failures.popitem(last=False)
+
+    def refuse(self, peer_id: ID, now: float) -> None:
+        self._refused[peer_id] = now + NOISY_SECONDS
+        while len(self._refused) > MAX_REMEMBERED:
+            self._refused.popitem(last=False)
+
+    def refuses(self, peer_id: ID, now: float) -> bool:
+        return self._refused.get(peer_id, 0.0) > now
 
 
 async def _nothing(*_: object, **__: object) -> None:
@@ -201,6 +329,35 @@ def announced(address: str, port: int) -> list[str]:
 def is_loopback(address: str) -> bool:
     """Whether a multiaddr leads to the machine that dials it."""
     return address.startswith(("/ip4/127.", "/ip6/::1/"))
+
+
+def kept_seed(directory: Path | None) -> tuple[int | None, bytes]:
+    """The 32 bytes that a node's key is made of, and the descriptor of the lock on them while they are in use.
+
+    They stay the same for one directory on one machine, so that a hub keeps its address. Of two nodes at a time the
+    second is another; and so is one on another machine, to which the directory was copied.
+    """
+    if directory is None:
+        return None, secrets.token_bytes(32)
+    descriptor = None
+    try:
+        import fcntl
+
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(directory / "node.key", flags, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        kept = os.read(descriptor, 33)
+        if len(kept) != 32:
+            kept = secrets.token_bytes(32)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, kept, 0)
+        machine = f"{socket.gethostname()} {uuid.getnode()}"
+        return descriptor, hmac.digest(kept, machine.encode(), "sha256")
+    except (ImportError, OSError):
+        if descriptor is not None:
+            os.close(descriptor)
+        return None, secrets.token_bytes(32)
 
 
 def _free_port(address: str, port: int) -> int:

@@ -12,9 +12,11 @@ from typing import Any
 import trio
 from libp2p.peer.id import ID
 
+from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.node.protocol import (
     ANSWERS,
+    Acquainted,
     Answering,
     Done,
     Granted,
@@ -39,8 +41,9 @@ class Link:
     ``send`` and ``call`` raise OSError when the peer is gone or does not answer in time.
     """
 
-    def __init__(self, stream: Any, peer_id: ID, limit: int) -> None:
+    def __init__(self, stream: Any, peer_id: ID, keyring: Keyring, limit: int) -> None:
         self._stream = stream
+        self.keyring = keyring  # of the secret that both hold
         self._limit = limit
         self._writing = trio.Lock()
         self._calls = itertools.count(1)
@@ -121,7 +124,7 @@ class Link:
                     if isinstance(message, Ping):  # answered whatever else is under way
                         await self.send(Done(message.call))
                         continue
-                    if isinstance(message, Introduce):  # what is said after it depends on it
+                    if isinstance(message, (Introduce, Acquainted)):  # what is said after it depends on it
                         await handle(self, message)
                         continue
                     await at_work.acquire()
@@ -205,8 +208,10 @@ class Member:
     rtt: float | None = None
     ready: bool = False  # it knows the others, and is home to its keys
     takes: int = 0  # bytes of the largest body that it stores
-    counts: TellCounts | None = None  # what its runner has counted
-    told_counts: TellCounts | None = None  # what we have told it of ours
+    counts: dict[str, TellCounts] = field(default_factory=dict)  # what its runner, and those behind it, have counted
+    told_counts: dict[str, TellCounts] = field(default_factory=dict)  # what we have told it
+    knows: set[ID] = field(default_factory=set)  # its members
+    unreached: int = 0  # how many members of its members it cannot reach
     suspect: bool = False  # it has not answered in time: not asked again until it is heard of
 
     @property
@@ -216,6 +221,10 @@ class Member:
             if not link.closed.is_set():
                 return link
         raise OSError("the peer is gone")
+
+    @property
+    def keyring(self) -> Keyring:
+        return self.link.keyring
 
     def usable(self) -> bool:
         """Whether it is home to its keys, and can be asked."""
@@ -231,6 +240,7 @@ class Member:
             "peer_id": str(self.peer_id),
             "addresses": self.addresses,
             "how": self.how,
+            "unreached": self.unreached,
             "rtt_ms": None if self.rtt is None else round(self.rtt * 1000, 2),
             "connected_for": round(time.time() - self.since, 1),
             "heard_ago": round(time.monotonic() - max((link.last for link in self.links), default=0.0), 1),

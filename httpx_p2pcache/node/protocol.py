@@ -15,7 +15,10 @@ ways, with many calls in flight. It begins with admission, in which nothing long
 
     mac(role) = HMAC-SHA256(admission key, role | dialler's peer ID | listener's peer ID | nonce a | nonce b)
 
-Both peer IDs are those that Noise has authenticated: a proof cannot be passed on by somebody in between.
+Both peer IDs are those that Noise has authenticated: a proof cannot be passed on by somebody in between. While a secret
+is being rotated the dialler's proof has a second mac, under the previous secret; the listener answers under the one
+that both hold, and what the two send each other is sealed under that one.
+
 After it each side says :class:`Introduce`, and then calls the other; :class:`Ready` is its first call.
 ``call`` is the caller's number for a call, and an answer bears the number of its call. ``resident`` is for how many
 seconds the sender has held what it sends.
@@ -57,6 +60,7 @@ class Hello(Frame):
 
 class Proof(Frame):
     mac: Nonce
+    other: Annotated[bytes, Meta(max_length=32)] = b""  # under the previous secret
 
 
 class Introduce(Frame):
@@ -64,9 +68,18 @@ class Introduce(Frame):
 
     addresses: Annotated[list[Address], Meta(max_length=16)]
     host: Annotated[str, Meta(max_length=256)]
-    members: Annotated[list[tuple[PeerBytes, list[Address]]], Meta(max_length=1000)]
+    members: Annotated[list[tuple[PeerBytes, Annotated[list[Address], Meta(max_length=16)]]], Meta(max_length=1000)]
     takes: Annotated[int, Meta(ge=0)]  # bytes of the largest body that I store
     ready: bool  # I am a home already
+    unreached: Annotated[int, Meta(ge=0)] = 0  # how many members of my members I cannot reach
+
+
+class Acquainted(Frame):
+    """Since my introduction: members who have come (peer ID, addresses) and gone, and whom I cannot reach."""
+
+    come: Annotated[list[tuple[PeerBytes, Annotated[list[Address], Meta(max_length=16)]]], Meta(max_length=1000)]
+    gone: Annotated[list[PeerBytes], Meta(max_length=1000)]
+    unreached: Annotated[int, Meta(ge=0)]
 
 
 class Ready(Frame):
@@ -148,10 +161,12 @@ class Release(Frame):
 
 
 class Invalidate(Frame):
-    """These keys were written to. Answered with Done once nothing older is served any more."""
+    """These keys were written to. Answered with Done once nothing older is served any more, here and by the members
+    whom the sender does not know: to those it is passed on. ``id`` names the write, however it comes."""
 
     call: Call
     keys: Annotated[list[Key], Meta(max_length=100)]
+    id: Annotated[int, Meta(ge=0)] = 0
 
 
 class TellQuota(Frame):
@@ -177,6 +192,7 @@ class Ping(Frame):
 
 Message = (
     Introduce
+    | Acquainted
     | Ready
     | Inventory
     | Ask
@@ -233,10 +249,11 @@ async def read_frame(stream: ByteStream, limit: int) -> bytes:
 
 
 async def admit(
-    stream: ByteStream, key: bytes, *, dialler: bytes, listener: bytes, dialled: bool, nonce: bytes
-) -> None:
+    stream: ByteStream, keys: tuple[bytes, ...], *, dialler: bytes, listener: bytes, dialled: bool, nonce: bytes
+) -> int:
     """Prove to each other that both hold the fleet's secret; ``dialled`` says which of the two we are.
 
+    ``keys``: one for each secret that we hold, one or two; returns the index of the one that both hold.
     Raises :class:`Rejected` or EOFError; the caller sets the deadline and resets the stream.
     """
     await stream.write(pack(Hello(VERSION, nonce)))
@@ -246,17 +263,22 @@ async def admit(
     nonces = nonce + hello.nonce if dialled else hello.nonce + nonce
     bound = len(dialler).to_bytes(2, "big") + dialler + listener + nonces
 
-    def mac(role: bytes) -> bytes:
-        return hmac.digest(key, role + b"|" + bound, "sha256")
+    def macs(role: bytes) -> list[bytes]:
+        return [hmac.digest(key, role + b"|" + bound, "sha256") for key in keys]
 
-    ours, theirs = (b"dialler", b"listener") if dialled else (b"listener", b"dialler")
     if dialled:  # the dialler proves first: a stranger who connects learns nothing to guess a secret from
-        await stream.write(pack(Proof(mac(ours))))
+        await stream.write(pack(Proof(*macs(b"dialler"))))
     proof = _decoded(_PROOF, await read_frame(stream, ADMISSION_FRAME))
-    if not hmac.compare_digest(proof.mac, mac(theirs)):
+    told = (proof.mac,) if dialled else (proof.mac, proof.other)
+    expected = macs(b"listener" if dialled else b"dialler")
+    # Every pair is compared, so that the time says nothing of which agrees.
+    agreeing = [any([hmac.compare_digest(mine, theirs) for theirs in told]) for mine in expected]  # noqa: C419
+    if not any(agreeing):
         raise Rejected("the peer does not hold the fleet's secret")
+    held = agreeing.index(True)
     if not dialled:
-        await stream.write(pack(Proof(mac(ours))))
+        await stream.write(pack(Proof(macs(b"listener")[held])))
+    return held
 
 
 def _decoded(decoder: msgspec.msgpack.Decoder[_Decoded], body: bytes) -> _Decoded:

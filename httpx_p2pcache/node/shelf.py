@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from httpx_p2pcache.entries import Entry, Keyring
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.network import Question
 from httpx_p2pcache.node.checks import believed
@@ -53,28 +54,30 @@ class Shelf:
         held = self._fleet.store.load_soon(key)
         return held if held is not None else await self._fleet.in_worker(partial(self._fleet.store.load, key))
 
-    def sealed(self, stored: Stored, question: Question) -> bytes:
-        return self.seal(stored, light=stored.entry.digest == question.holds)
+    def sealed(self, stored: Stored, question: Question, keyring: Keyring) -> bytes:
+        return self.seal(stored, keyring, light=stored.entry.digest == question.holds)
 
-    def seal(self, stored: Stored, *, light: bool) -> bytes:
+    def seal(self, stored: Stored, keyring: Keyring, *, light: bool) -> bytes:
         """An entry sealed, once however many members ask for it; ``light``: without its body."""
-        known = stored.memo.get(("sealed", light))
+        known = stored.memo.get(("sealed", keyring.label, light))
         if isinstance(known, bytes):
             return known
         entry = msgspec.structs.replace(stored.entry, body=b"") if light else stored.entry
-        sealed = self._fleet.keyring.seal_entry(entry)
+        sealed = keyring.seal_entry(entry)
         if len(sealed) <= MAX_KEPT_SEALED:
-            stored.memo["sealed", light] = sealed
+            stored.memo["sealed", keyring.label, light] = sealed
         return sealed
 
-    async def received(self, key: bytes, sealed: bytes, resident: float, *, missing_ok: bool = True) -> Stored | None:
+    async def received(
+        self, key: bytes, sealed: bytes, resident: float, keyring: Keyring, *, missing_ok: bool = True
+    ) -> Stored | None:
         """An entry from a peer, checked and stored; None if it is not believed, not whole, or no longer valid.
 
         Raises ``BodyMissing`` for one that is not whole unless ``missing_ok``.
         """
         fleet = self._fleet
         try:
-            entry = fleet.keyring.open_entry(sealed, key)
+            entry = keyring.open_entry(sealed, key)
             held = await self.load(key)
             if not entry.body and entry.digest != EMPTY:
                 body = next((s.entry.body for s in held if s.entry.digest == entry.digest), None)
@@ -98,6 +101,26 @@ class Shelf:
         fleet.stats.add("received")
         # Its age is counted from when the origin was asked: what was written since then makes it void.
         return await fleet.in_worker(partial(fleet.store.save, entry, since=now - entry.initial_age))
+
+
+class Parcel:
+    """An entry on its way to many members: sealed once for each secret in use, however many there are.
+
+    Not ``whole``, where it may be left out: a ``refreshed`` one goes without its body to who should hold that.
+    """
+
+    def __init__(self, entry: Entry, *, refreshed: bool) -> None:
+        self.entry = entry
+        self._refreshed = refreshed
+        self._sealed: dict[tuple[str, bool], bytes] = {}
+
+    def sealed(self, keyring: Keyring, *, whole: bool) -> bytes:
+        light = self._refreshed and not whole
+        form = keyring.label, light
+        if form not in self._sealed:
+            entry = msgspec.structs.replace(self.entry, body=b"") if light else self.entry
+            self._sealed[form] = keyring.seal_entry(entry)
+        return self._sealed[form]
 
 
 EMPTY = hashlib.sha256(b"").digest()[:16]

@@ -289,12 +289,12 @@ Attempt = Callable[[End], Coroutine[Any, Any, None]]
 
 def dials(key: bytes = SECRET, dialler: bytes = DIALLER, listener: bytes = LISTENER, nonce: bytes = b"") -> Attempt:
     nonce = nonce or secrets.token_bytes(32)
-    return lambda end: admit(end, key, dialler=dialler, listener=listener, dialled=True, nonce=nonce)
+    return lambda end: admit(end, (key,), dialler=dialler, listener=listener, dialled=True, nonce=nonce)
 
 
 def listens(key: bytes = SECRET, dialler: bytes = DIALLER, listener: bytes = LISTENER, nonce: bytes = b"") -> Attempt:
     nonce = nonce or secrets.token_bytes(32)
-    return lambda end: admit(end, key, dialler=dialler, listener=listener, dialled=False, nonce=nonce)
+    return lambda end: admit(end, (key,), dialler=dialler, listener=listener, dialled=False, nonce=nonce)
 
 
 def says(*frames: bytes) -> Attempt:

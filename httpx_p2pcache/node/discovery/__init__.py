@@ -8,7 +8,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class Sighting:
-    """A peer that may be there: ``peer_id`` in its bytes, multiaddrs without it, and how it was found."""
+    """A peer that may be there: its ID in bytes (b"": whoever it is), multiaddrs without it, and how it was found."""
 
     peer_id: bytes
     addresses: tuple[str, ...]
@@ -19,9 +19,14 @@ class Discovery(Protocol):
     """A way of finding peers.
 
     - Called from a worker thread, one call at a time; a call may touch the disk, and raises OSError when it fails.
+      One that is ``slow``, as it asks over the network, has a thread of its own, and says when it must have an end.
+    - ``pause`` is for how many seconds it is left alone between two calls of ``find``, at the least.
     - ``find`` may name peers that are gone, and ourselves; the node sorts them out.
     - ``withdraw`` takes back what ``announce`` has left anywhere.
     """
+
+    slow: bool
+    pause: float
 
     def announce(self, peer_id: bytes, addresses: list[str]) -> None: ...
 

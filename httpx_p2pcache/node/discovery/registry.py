@@ -40,9 +40,13 @@ _DECODER = msgspec.msgpack.Decoder(Record)
 
 
 class Registry:
-    """The registry directory of one fleet."""
+    """The registry directory of one fleet. Not ``announces``: it is looked at, and nothing is left there."""
 
-    def __init__(self, directory: Path, keyring: Keyring, ttl: float) -> None:
+    slow = False
+    pause = 0.0
+
+    def __init__(self, directory: Path, keyring: Keyring, ttl: float, *, announces: bool = True) -> None:
+        self._announces = announces
         self._directory = directory
         self._keyring = keyring
         self._ttl = ttl
@@ -52,8 +56,9 @@ class Registry:
         self._known: dict[str, tuple[float, Record | None]] = {}
 
     def announce(self, peer_id: bytes, addresses: list[str]) -> None:
-        self._announced = peer_id, addresses
-        self._write(time.time())
+        if self._announces:
+            self._announced = peer_id, addresses
+            self._write(time.time())
 
     def find(self) -> list[Sighting]:
         now = time.time()

@@ -1,0 +1,224 @@
+"""*Who is there?* Looks for peers in every way at once, and dials who is found until it is a member or forgotten."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import trio
+from libp2p.peer.id import ID
+
+from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.node.discovery import Discovery, Sighting
+
+if TYPE_CHECKING:
+    from httpx_p2pcache.node.fleet import Fleet
+
+logger = logging.getLogger("httpx_p2pcache")
+
+LOOK_AROUND_SECONDS = 0.25  # between two looks for new peers at the start ...
+LOOK_AROUND_LATER = 1.0  # ... and once the fleet has had time to form
+FORMING_SECONDS = 10.0
+FIRST_DIAL_SECONDS = 1.5  # what a peer that does not answer may cost who joins; the same for those tried at once
+DIALS_AT_ONCE = 32
+BACK_OFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+BACK_OFF_SHORT = 5.0  # the longest for a peer named by a setting: it may come back under the same address
+REFUSED_SECONDS = 60.0  # for whom a peer without our secret is left alone: it may be given it
+FORGET_SECONDS = 60.0  # after which a peer that cannot be reached, and is not seen any more, is forgotten
+MAX_CANDIDATES = 2000
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Candidate:
+    """A peer that may be there, and when it is tried next.
+
+    ``peer_id`` None: whoever is at its address, which was ``turned_out`` to be somebody when we asked last.
+    """
+
+    peer_id: ID | None
+    addresses: list[str]
+    how: str
+    seen: float
+    failures: int = 0
+    next_try: float = 0.0
+    dialling: bool = False
+    turned_out: ID | None = None
+
+    def failed(self, now: float, *, refused: bool) -> None:
+        """It was dialled in vain."""
+        wait = BACK_OFF_SECONDS[min(self.failures, len(BACK_OFF_SECONDS) - 1)]
+        self.failures += 1
+        if self.how == "bootstrap":
+            wait = min(wait, BACK_OFF_SHORT)
+        self.next_try = now + (REFUSED_SECONDS if refused else wait)
+
+
+@dataclass
+class Candidates:
+    """The peers that may be there. Knows no clock: every event takes ``now``, in seconds."""
+
+    ours: ID
+    _known: dict[ID | str, Candidate] = field(default_factory=dict)
+
+    def sighted(self, sighting: Sighting, now: float) -> bool:
+        """Somebody may be there; whether that is news."""
+        try:
+            peer_id = ID(sighting.peer_id) if sighting.peer_id else None
+        except Exception:  # py-libp2p has no one error for a peer ID that is none
+            return False
+        if peer_id == self.ours or not sighting.addresses:
+            return False
+        known = self._known.get(peer_id or sighting.addresses[0])
+        if known is not None:
+            # What it says of itself once it is a member is more than what is said of it.
+            known.addresses = list(dict.fromkeys([*sighting.addresses, *known.addresses]))[:16]
+            known.seen = now
+            return False
+        if len(self._known) >= MAX_CANDIDATES:
+            return False
+        self._known[peer_id or sighting.addresses[0]] = Candidate(peer_id, list(sighting.addresses), sighting.how, now)
+        return True
+
+    def get(self, peer_id: ID) -> Candidate | None:
+        return self._known.get(peer_id)
+
+    def unreached(self, peer_ids: Collection[ID]) -> int:
+        """How many of these have been tried in vain, or cannot be tried."""
+        return sum(1 for p in peer_ids if (known := self._known.get(p)) is None or known.failures)
+
+    def due(self, members: Collection[ID], now: float) -> list[Candidate]:
+        """Whom to dial now."""
+        return [
+            one
+            for one in self._known.values()
+            if (one.peer_id or one.turned_out) not in members and not one.dialling and one.next_try <= now
+        ][:DIALS_AT_ONCE]
+
+    def forget_lost(self, members: Collection[ID], now: float) -> list[ID]:
+        """Those who have failed often, and are not seen any more, are forgotten; returns who."""
+        lost = [
+            key
+            for key, one in self._known.items()
+            if one.failures > len(BACK_OFF_SECONDS)
+            and now - one.seen > FORGET_SECONDS
+            and one.how != "bootstrap"
+            and one.peer_id not in members
+        ]
+        for key in lost:
+            del self._known[key]
+        return [key for key in lost if isinstance(key, ID)]
+
+    def found_out(self, candidate: Candidate, peer_id: ID, now: float) -> None:
+        """Whoever is at a candidate's address is ``peer_id``, this time."""
+        candidate.turned_out, candidate.next_try = peer_id, now + BACK_OFF_SHORT
+        if peer_id != self.ours:
+            found = Sighting(peer_id=peer_id.to_bytes(), addresses=tuple(candidate.addresses), how=candidate.how)
+            self.sighted(found, now)
+
+
+class Search:
+    """The ways of finding, side by side; each may fail alone, and is heard of once."""
+
+    def __init__(self, fleet: Fleet, discoveries: list[Discovery]) -> None:
+        self._fleet = fleet
+        self._discoveries = discoveries
+        self._failed: set[str] = set()
+        self._news = trio.Event()
+        self._found_by: dict[str, list[Sighting]] = {}
+        self.candidates = Candidates(fleet.host.id)
+
+    async def run(self, joined: Callable[[], Awaitable[None]]) -> None:
+        """Look until cancelled; ``joined`` is called once everybody who was found first has been tried."""
+        async with trio.open_nursery() as nursery:
+            first = []
+            for discovery in self._discoveries:
+                looked = trio.Event()
+                first.append(looked)
+                nursery.start_soon(self._look, discovery, looked)
+            with trio.move_on_after(FIRST_DIAL_SECONDS):
+                for looked in first:
+                    await looked.wait()
+            # Whom we find first may know others: we are not ready before we have tried those as well.
+            with trio.move_on_after(2 * FIRST_DIAL_SECONDS):
+                while due := self._due():
+                    async with trio.open_nursery() as dialling:
+                        for candidate in due:
+                            dialling.start_soon(self._dial, candidate)
+            await joined()
+            while True:
+                for candidate in self._due():
+                    self._fleet.spawn(self._dial, candidate)
+                self._news = trio.Event()
+                with trio.move_on_after(LOOK_AROUND_SECONDS):
+                    await self._news.wait()
+
+    async def _look(self, discovery: Discovery, looked: trio.Event) -> None:
+        began = trio.current_time()
+        fleet = self._fleet
+        await self._tried(discovery, partial(discovery.announce, fleet.host.id.to_bytes(), fleet.addresses))
+        while True:
+            for sighting in await self._tried(discovery, discovery.find) or ():
+                self.sighted(sighting)
+            looked.set()
+            forming = trio.current_time() - began < FORMING_SECONDS
+            await trio.sleep(max(discovery.pause, LOOK_AROUND_SECONDS if forming else LOOK_AROUND_LATER))
+
+    async def withdraw(self) -> None:
+        """Take back what was announced."""
+        for discovery in self._discoveries:
+            await self._tried(discovery, discovery.withdraw)
+
+    async def _tried(self, discovery: Discovery, func: Callable[[], Result]) -> Result | None:
+        name = type(discovery).__name__
+        try:
+            found = await self._fleet.in_thread(func) if discovery.slow else await self._fleet.in_worker(func)
+        except OSError as exc:
+            if name not in self._failed:
+                self._failed.add(name)
+                logger.warning("%s cannot be used to find peers: %s", name, exc)
+            return None
+        self._failed.discard(name)
+        return found
+
+    def sighted(self, sighting: Sighting) -> None:
+        """Somebody may be there: it is dialled when it is due."""
+        if self.candidates.sighted(sighting, trio.current_time()):
+            self._news.set()
+
+    def look_again(self) -> None:
+        """Somebody may be due by now."""
+        self._news.set()
+
+    def _due(self) -> list[Candidate]:
+        now, members = trio.current_time(), self._fleet.members
+        for peer_id in self.candidates.forget_lost(members, now):
+            self._fleet.host.forget(peer_id)
+        return self.candidates.due(members, now)
+
+    async def _dial(self, candidate: Candidate) -> None:
+        candidate.dialling = True
+        try:
+            timeout = FIRST_DIAL_SECONDS if candidate.failures == 0 else 2 * FIRST_DIAL_SECONDS
+            if candidate.peer_id is None:
+                await self._find_out(candidate, timeout)
+            else:
+                await self._fleet.dial(candidate, candidate.peer_id, timeout)
+        except Exception as exc:
+            logger.debug("a peer found by %s was not reached: %r", candidate.how, exc)
+            candidate.failed(trio.current_time(), refused=isinstance(exc, Rejected))
+        else:
+            candidate.failures = 0
+        finally:
+            candidate.dialling = False
+            self._fleet.reach_changed()
+
+    async def _find_out(self, candidate: Candidate, timeout: float) -> None:
+        """Who is at an address whose peer ID was not said: it may be another after each restart."""
+        peer_id = await self._fleet.host.who_is_at(candidate.addresses, timeout)
+        self.candidates.found_out(candidate, peer_id, trio.current_time())
+        self._news.set()
