@@ -55,7 +55,7 @@ PING_SECONDS = 2.0
 COUNTS_SECONDS = 2.0  # between two messages to the members about what has been counted
 NEWCOMER_SECONDS = 0.5  # within which somebody who has connected is expected to know the others
 MAX_RUNNERS = 1000  # whose counts one member may tell
-MAX_KNOWN = 10_000  # members that one member may have
+MAX_KNOWN = 1000  # members that one member may have
 MAX_HOLDS = 1000  # cache keys in an inventory, the latest used
 FAREWELL_SECONDS = 0.8  # for publications that are under way when we leave
 
@@ -233,10 +233,11 @@ class Fleet:
             self._part_from(link)
 
     async def _introduce(self, link: Link) -> None:
-        members = [(m.peer_id.to_bytes(), m.addresses[:16]) for m in self.members.values()]
+        members = [(m.peer_id.to_bytes(), m.addresses[:16]) for m in self.members.values()][:MAX_KNOWN]
         takes, ready = self.settings.max_body_size, self.joined.is_set()
         addresses, host = self.addresses[:16], socket.gethostname()
-        await link.send(Introduce(addresses, host, members[:1000], takes, ready, self.unreached))
+        link.told, link.told_unreached = {ID(peer_id) for peer_id, _ in members}, self.unreached
+        await link.send(Introduce(addresses, host, members, takes, ready, self.unreached))
 
     def _introduced(self, link: Link, said: Introduce, how: str, addresses: list[str]) -> None:
         here = said.host == socket.gethostname()
@@ -245,8 +246,6 @@ class Fleet:
         reachable = list(dict.fromkeys(reachable)) or addresses
         member = self.members.get(link.peer_id)
         if member is None:
-            # Who came before it is told of it: two that come at the same moment learn of each other only so.
-            self._tell_acquainted(come=[(link.peer_id.to_bytes(), reachable[:16])])
             member = self.members[link.peer_id] = Member(link.peer_id, how, reachable)
             for quota in self.quotas.known():
                 self.spawn(link.send, TellQuota(quota))
@@ -257,7 +256,6 @@ class Fleet:
             self._is_ready(member)
         link.introduced.set()
         self.search.sighted(Sighting(peer_id=link.peer_id.to_bytes(), addresses=tuple(reachable), how=how))
-        member.knows = set()
         self._acquainted(link, Acquainted(said.members, [], said.unreached))
         if self.joined.is_set() and link.peer_id not in self._called_ready:
             self.spawn(self._call_ready, member)
@@ -267,35 +265,29 @@ class Fleet:
         member = self.members.get(link.peer_id)
         if member is None:
             return
-        member.unreached = said.unreached
+        local = any(is_loopback(address) for address in member.addresses)
         for peer_id, addresses in said.come:
-            known = tuple(a for a in addresses if not is_loopback(a) or self.addresses_are_local(member))
+            known = tuple(a for a in addresses if local or not is_loopback(a))
             self.search.sighted(Sighting(peer_id=peer_id, addresses=known, how="peers"))
-            if len(member.knows) < MAX_KNOWN:
-                member.knows.add(ID(peer_id))
-        member.knows -= {ID(peer_id) for peer_id in said.gone}
+        link.knows |= {ID(peer_id) for peer_id, _ in said.come}
+        link.knows -= {ID(peer_id) for peer_id in said.gone}
+        # Of two links the one that spoke last says how things are.
+        member.knows, member.unreached = set(list(link.knows)[:MAX_KNOWN]), said.unreached
         self.reach_changed()
-
-    def addresses_are_local(self, member: Member) -> bool:
-        """Whether loopback addresses that a member tells are of this machine."""
-        return any(is_loopback(address) for address in member.addresses)
-
-    def _tell_acquainted(
-        self, *, come: list[tuple[bytes, list[str]]] | None = None, gone: list[bytes] | None = None
-    ) -> None:
-        news = Acquainted(come or [], gone or [], self.unreached)
-        for member in list(self.members.values()):
-            if member.links:
-                self.spawn(member.link.send, news)
 
     def reach_changed(self) -> None:
         """Somebody has come or gone, here or at a member: do we still reach all whom our members reach?"""
         known: set[ID] = set().union(*(member.knows for member in self.members.values()))
-        known -= {self.host.id, *self.members}
-        unreached = self.search.candidates.unreached(known)
-        if unreached != self.unreached:
-            self.unreached = unreached
-            self._tell_acquainted()
+        self.unreached = self.search.candidates.unreached(known - {self.host.id, *self.members})
+        # Each is told what is new since it was told last. Two that come at the same moment learn of each other only so.
+        for member in list(self.members.values()):
+            if member.links and (link := member.links[0]).introduced.is_set():
+                ours = self.members.keys() - {link.peer_id}
+                come, gone = list(ours - link.told)[:MAX_KNOWN], list(link.told - ours)[:MAX_KNOWN]
+                if come or gone or link.told_unreached != self.unreached:
+                    link.told, link.told_unreached = (link.told | set(come)) - set(gone), self.unreached
+                    new = [(p.to_bytes(), self.members[p].addresses[:16]) for p in come]
+                    self.spawn(link.send, Acquainted(new, [p.to_bytes() for p in gone], self.unreached))
 
     def unknown_to(self, peer_id: ID) -> list[Member]:
         """The members whom a member cannot tell something itself."""
@@ -353,8 +345,7 @@ class Fleet:
             candidate = self.search.candidates.get(link.peer_id)
             if candidate is not None:
                 candidate.next_try = trio.current_time() + BACK_OFF_SECONDS[0]
-            self._tell_acquainted(gone=[link.peer_id.to_bytes()])
-            self.reach_changed()
+        self.reach_changed()
 
     # Is everybody still there?
 

@@ -54,6 +54,9 @@ class Link:
         self.introduced = trio.Event()
         self.heard = trio.current_time()
         self.last = time.monotonic()  # the same for other threads, where there is no loop's time
+        self.knows: set[ID] = set()  # its members, as it has told us here ...
+        self.told: set[ID] = set()  # ... and ours, as we have told it
+        self.told_unreached = 0
         self.received = 0  # bytes of frames
         self.sent = 0
 
