@@ -30,6 +30,9 @@ from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
 OPEN_FOR = 10.0  # seconds that a key is remembered as not storable: long enough for those who ask together
+# The shares of CACHE_CLAIM_TIMEOUT that a claim of the fleet lives, and that a process waits for one: who waits within
+# the process waits longest. So a lost fetch is learned of while those behind still wait, and one of them is let go.
+CLAIM_LIFE, FLEET_PATIENCE = 0.8, 0.9
 MAX_FAILURES = 2  # fetches that may fail in a row before everybody is let go
 
 

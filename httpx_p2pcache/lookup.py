@@ -18,7 +18,7 @@ from hishel import CacheOptions, Headers
 
 from httpx_p2pcache import parts
 from httpx_p2pcache.answers import Answer, Discard, Effect, Read, Reply, Run, Wait, Way, caching
-from httpx_p2pcache.claims import Granted, Look, Verdict
+from httpx_p2pcache.claims import FLEET_PATIENCE, Granted, Look, Verdict
 from httpx_p2pcache.conditions import combined, opaque, viewed
 from httpx_p2pcache.entries import ANONYMOUS, Entry, body_digest, cache_key, claim_key
 from httpx_p2pcache.freshness import (
@@ -268,7 +268,7 @@ class Lookup:
             age=self.held[0].entry.age(time.time()) if self.held else 0.0,
             any_identity=self.shared,
         )
-        until = time.monotonic() + self.patience
+        until = time.monotonic() + FLEET_PATIENCE * self.patience
         asked = exchange.network.ask(question)
         answer = yield from lease.wait(asked, settings.lookup_timeout, keep=True)
         if answer is None:

@@ -6,6 +6,7 @@ served, and in :meth:`Fleet.spawn`; it is counted, logged at debug, and nobody e
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket
@@ -38,7 +39,7 @@ from httpx_p2pcache.node.protocol import (
     TellQuota,
     admit,
 )
-from httpx_p2pcache.node.search import BACK_OFF_SECONDS, Candidate, Search
+from httpx_p2pcache.node.search import BACK_OFF_SECONDS, GRACE_SECONDS, Candidate, Search
 from httpx_p2pcache.node.worker import Worker
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
@@ -256,6 +257,7 @@ class Fleet:
             self._is_ready(member)
         link.introduced.set()
         self.search.sighted(Sighting(peer_id=link.peer_id.to_bytes(), addresses=tuple(reachable), how=how))
+        link.knows = set()
         self._acquainted(link, Acquainted(said.members, [], said.unreached))
         if self.joined.is_set() and link.peer_id not in self._called_ready:
             self.spawn(self._call_ready, member)
@@ -274,16 +276,22 @@ class Fleet:
         # Of two links the one that spoke last says how things are.
         member.knows, member.unreached = set(list(link.knows)[:MAX_KNOWN]), said.unreached
         self.reach_changed()
+        if said.come:
+            self.spawn(self._judge_reach)
+
+    async def _judge_reach(self) -> None:
+        await trio.sleep(GRACE_SECONDS)
+        self.reach_changed()
 
     def reach_changed(self) -> None:
         """Somebody has come or gone, here or at a member: do we still reach all whom our members reach?"""
         known: set[ID] = set().union(*(member.knows for member in self.members.values()))
-        self.unreached = self.search.candidates.unreached(known - {self.host.id, *self.members})
+        self.unreached = self.search.candidates.unreached(known - {self.host.id, *self.members}, trio.current_time())
         # Each is told what is new since it was told last. Two that come at the same moment learn of each other only so.
         for member in list(self.members.values()):
             if member.links and (link := member.links[0]).introduced.is_set():
                 ours = self.members.keys() - {link.peer_id}
-                come, gone = list(ours - link.told)[:MAX_KNOWN], list(link.told - ours)[:MAX_KNOWN]
+                come, gone = sorted(ours - link.told, key=ID.to_bytes), sorted(link.told - ours, key=ID.to_bytes)
                 if come or gone or link.told_unreached != self.unreached:
                     link.told, link.told_unreached = (link.told | set(come)) - set(gone), self.unreached
                     new = [(p.to_bytes(), self.members[p].addresses[:16]) for p in come]
@@ -351,9 +359,13 @@ class Fleet:
 
     async def _watch(self) -> None:
         """Claims that end are passed on; members that fall silent are asked, at once where somebody waits for them."""
-        while True:
+        for turn in itertools.count():
             await trio.sleep(0.25)
             now = trio.current_time()
+            if turn % 4 == 0 and self.members:  # one a second is told all anew, whatever it may have missed
+                member = list(self.members.values())[turn // 4 % len(self.members)]
+                if member.links:
+                    self.spawn(self._introduce, member.links[0])
             self.home.expire()
             waited_for = self.home.waited_for()
             for member in list(self.members.values()):

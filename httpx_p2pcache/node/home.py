@@ -34,7 +34,7 @@ import trio
 from libp2p.peer.id import ID
 
 from httpx_p2pcache import network
-from httpx_p2pcache.claims import ClaimTable, Go, Look, Pending, Tidings, Told, Verdict
+from httpx_p2pcache.claims import CLAIM_LIFE, ClaimTable, Go, Look, Pending, Tidings, Told, Verdict
 from httpx_p2pcache.claims import Granted as ClaimGranted
 from httpx_p2pcache.entries import Entry, cache_key
 from httpx_p2pcache.network import Answer, Awaited, FleetClaim, Question, Unclaimed
@@ -42,6 +42,7 @@ from httpx_p2pcache.node.members import Link, Member
 from httpx_p2pcache.node.protocol import (
     Ask,
     Done,
+    Fetching,
     Found,
     Granted,
     Invalidate,
@@ -71,8 +72,9 @@ MAX_HINTS = 20_000  # cache keys of which we know who holds them
 
 
 class _Fetch(NamedTuple):
-    """A claim that this node has: until when (the loop's time), and from whom."""
+    """A claim that this node has: for which key, until when (the loop's time), and from whom."""
 
+    key: bytes
     id: int
     ends: float
     granter: ID
@@ -95,7 +97,8 @@ class Home:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._shelf = Shelf(fleet)
-        self._claims: ClaimTable[Asker] = ClaimTable(fleet.settings.claim_timeout)
+        self._life = CLAIM_LIFE * fleet.settings.claim_timeout
+        self._claims: ClaimTable[Asker] = ClaimTable(self._life)
         self._hints: OrderedDict[bytes, ID] = OrderedDict()
         self._fetching: dict[bytes, _Fetch] = {}
         self._waiting_at: dict[int, ID] = {}
@@ -117,7 +120,7 @@ class Home:
                 later = await asked
                 if later is None:
                     return
-                future = later  # the home was lost while we waited there: the next one knows, or decides anew
+                future = later  # the home was lost meanwhile: the next one knows, or decides anew
         except OSError:
             self._fleet.stats.add("peer_failures")
         finally:
@@ -130,7 +133,7 @@ class Home:
         return members.get(home_among({**reach, self._fleet.host.id: self._fleet.unreached}, key))
 
     async def _ask_there(self, home: Member, question: Question, future: Future[Answer]) -> Future[Answer] | None:
-        """Ask a member; a future if it was lost while we waited there, which is then still to be answered."""
+        """Ask a member; a future if it was lost before it had answered that, which is then still to be answered."""
         settings, link, began = self._fleet.settings, home.link, trio.current_time()
         with link.open_call() as call:
             try:
@@ -142,6 +145,8 @@ class Home:
                 if home.heard() < began:
                     self._fleet.suspect(home.peer_id)
                 raise OSError("the home does not answer") from None
+            except OSError:
+                return future  # it is gone
             if isinstance(answer, Wait):
                 later: Future[Answer] = Future()
                 self._resolve(future, Awaited(later), question)
@@ -194,8 +199,8 @@ class Home:
             self._resolve(future, Unclaimed(), question)
 
     def _granted(self, future: Future[Answer], question: Question, id_: int, granter: ID) -> None:
-        ends = trio.current_time() + self._fleet.settings.claim_timeout
-        self._fetching[question.claim] = _Fetch(id_, ends, granter)
+        ends = trio.current_time() + self._life
+        self._fetching[question.claim] = _Fetch(question.key, id_, ends, granter)
         self._resolve(future, FleetClaim(id_), question)
 
     def _resolve(self, future: Future[Answer], answer: Answer, question: Question) -> None:
@@ -333,6 +338,8 @@ class Home:
         elif isinstance(message, Release):
             told = self._claims.release(message.claim, message.id, message.verdict, trio.current_time())
             self._tell(told)
+        elif isinstance(message, Fetching):
+            self._adopt(link.peer_id, message.fetching)
         elif isinstance(message, Invalidate):
             await self._written(link, message)
         elif isinstance(message, TellQuota):
@@ -442,8 +449,20 @@ class Home:
     # Members come and go
 
     def lost(self, peer_id: ID) -> None:
-        """A member is gone: what it was fetching passes to the first who waits."""
-        self._tell(self._claims.forget(lambda asker: asker.peer_id == peer_id, trio.current_time()))
+        """A member is gone: what it was fetching passes to the first who waits.
+
+        And what it had granted to us is told to those who are the homes now.
+        """
+        now = trio.current_time()
+        self._tell(self._claims.forget(lambda asker: asker.peer_id == peer_id, now))
+        for claim, held in self._fetching.items():
+            if held.granter != peer_id or held.ends <= now:
+                continue
+            home = self._home_of(held.key)
+            if home is None:
+                self._claims.adopt(claim, Asker(self._fleet.host.id, 0, _nobody), held.ends, held.id)
+            else:
+                self._fleet.spawn(home.link.send, Fetching([(claim, held.id, held.ends - now)]))
 
     def expire(self) -> None:
         """Claims whose end has come pass on."""
@@ -453,7 +472,7 @@ class Home:
 
     def waited_for(self) -> set[ID]:
         """Members that somebody waits for: homes that owe us an answer, and those who fetch for us for a second."""
-        soon = trio.current_time() + self._fleet.settings.claim_timeout - 1.0
+        soon = trio.current_time() + self._life - 1.0
         return {*self._waiting_at.values(), *(asker.peer_id for asker in self._claims.holders(soon))}
 
     def fetching(self) -> list[tuple[bytes, int, float]]:
@@ -463,15 +482,18 @@ class Home:
 
     def told(self, peer_id: ID, said: Inventory) -> None:
         """What a member holds and fetches: we may be the home of it now."""
-        now = trio.current_time()
         for key in said.holds:
             self._hints[key] = peer_id
             self._hints.move_to_end(key)
         while len(self._hints) > MAX_HINTS:
             self._hints.popitem(last=False)
-        for claim, id_, left in said.fetching:
-            life = min(left, self._fleet.settings.claim_timeout)
-            self._claims.adopt(claim, Asker(peer_id, 0, _nobody), now + life, id_)
+        self._adopt(peer_id, said.fetching)
+
+    def _adopt(self, peer_id: ID, fetching: list[tuple[bytes, int, float]]) -> None:
+        """A member fetches these, as another home has granted."""
+        for claim, id_, left in fetching:
+            ends = trio.current_time() + min(left, self._life)
+            self._claims.adopt(claim, Asker(peer_id, 0, _nobody), ends, id_)
 
 
 def home_among(unreached: Mapping[ID, int], key: bytes) -> ID:

@@ -96,6 +96,12 @@ class Inventory(Frame):
     fetching: Annotated[list[tuple[ClaimKey, int, Seconds]], Meta(max_length=1000)]
 
 
+class Fetching(Frame):
+    """The home that granted me these is gone, and you are in its place: claim, id, seconds left."""
+
+    fetching: Annotated[list[tuple[ClaimKey, int, Seconds]], Meta(max_length=1000)]
+
+
 class Ask(Frame):
     """Answered with Found, Granted, Nothing, or with Wait and later one of the others. ``forwarded``: never Wait."""
 
@@ -193,6 +199,7 @@ class Ping(Frame):
 Message = (
     Introduce
     | Acquainted
+    | Fetching
     | Ready
     | Inventory
     | Ask

@@ -22,6 +22,8 @@ logger = logging.getLogger("httpx_p2pcache")
 LOOK_AROUND_SECONDS = 0.25  # between two looks for new peers at the start ...
 LOOK_AROUND_LATER = 1.0  # ... and once the fleet has had time to form
 FORMING_SECONDS = 10.0
+GRACE_SECONDS = 0.25  # within which a member of a member is reached, or counts as one whom we cannot reach
+MEETING_SECONDS = GRACE_SECONDS + 0.1  # for which who joins waits for others after the last: they have judged by then
 FIRST_DIAL_SECONDS = 1.5  # what a peer that does not answer may cost who joins; the same for those tried at once
 DIALS_AT_ONCE = 32
 BACK_OFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -64,6 +66,7 @@ class Candidates:
 
     ours: ID
     _known: dict[ID | str, Candidate] = field(default_factory=dict)
+    _awaited: dict[ID, float] = field(default_factory=dict)  # members of members whom we do not reach yet: since when
 
     def sighted(self, sighting: Sighting, now: float) -> bool:
         """Somebody may be there; whether that is news."""
@@ -87,9 +90,15 @@ class Candidates:
     def get(self, peer_id: ID) -> Candidate | None:
         return self._known.get(peer_id)
 
-    def unreached(self, peer_ids: Collection[ID]) -> int:
-        """How many of these have been tried in vain, or cannot be tried."""
-        return sum(1 for p in peer_ids if (known := self._known.get(p)) is None or known.failures)
+    def unreached(self, peer_ids: Collection[ID], now: float) -> int:
+        """How many of these cannot be reached: tried in vain, or not reached for so long that it comes to the same."""
+        for gone in self._awaited.keys() - set(peer_ids):
+            del self._awaited[gone]
+        since = [(self._known.get(p), self._awaited.setdefault(p, now)) for p in peer_ids]
+        return sum(1 for known, first in since if known is None or known.failures or now - first >= GRACE_SECONDS)
+
+    def dialling(self) -> bool:
+        return any(one.dialling for one in self._known.values())
 
     def due(self, members: Collection[ID], now: float) -> list[Candidate]:
         """Whom to dial now."""
@@ -129,11 +138,13 @@ class Search:
         self._discoveries = discoveries
         self._failed: set[str] = set()
         self._news = trio.Event()
-        self._found_by: dict[str, list[Sighting]] = {}
         self.candidates = Candidates(fleet.host.id)
 
     async def run(self, joined: Callable[[], Awaitable[None]]) -> None:
-        """Look until cancelled; ``joined`` is called once everybody who was found first has been tried."""
+        """Look until cancelled; ``joined`` is called once everybody who was found first has been tried.
+
+        Those whom they know are tried as well; but once there are members nobody is waited for who does not answer.
+        """
         async with trio.open_nursery() as nursery:
             first = []
             for discovery in self._discoveries:
@@ -143,19 +154,27 @@ class Search:
             with trio.move_on_after(FIRST_DIAL_SECONDS):
                 for looked in first:
                     await looked.wait()
-            # Whom we find first may know others: we are not ready before we have tried those as well.
-            with trio.move_on_after(2 * FIRST_DIAL_SECONDS):
-                while due := self._due():
-                    async with trio.open_nursery() as dialling:
-                        for candidate in due:
-                            dialling.start_soon(self._dial, candidate)
+            with trio.move_on_after(2 * FIRST_DIAL_SECONDS) as patience:
+                known = 0
+                while self._dial_due() or self.candidates.dialling():
+                    if len(self._fleet.members) > known:
+                        known = len(self._fleet.members)
+                        patience.deadline = min(patience.deadline, trio.current_time() + MEETING_SECONDS)
+                    await self._news.wait()
             await joined()
             while True:
-                for candidate in self._due():
-                    self._fleet.spawn(self._dial, candidate)
-                self._news = trio.Event()
+                self._dial_due()
                 with trio.move_on_after(LOOK_AROUND_SECONDS):
                     await self._news.wait()
+
+    def _dial_due(self) -> bool:
+        """Begin to dial those who are due; whether there were any."""
+        self._news = trio.Event()
+        due = self._due()
+        for candidate in due:
+            candidate.dialling = True
+            self._fleet.spawn(self._dial, candidate)
+        return bool(due)
 
     async def _look(self, discovery: Discovery, looked: trio.Event) -> None:
         began = trio.current_time()
@@ -201,7 +220,6 @@ class Search:
         return self.candidates.due(members, now)
 
     async def _dial(self, candidate: Candidate) -> None:
-        candidate.dialling = True
         try:
             timeout = FIRST_DIAL_SECONDS if candidate.failures == 0 else 2 * FIRST_DIAL_SECONDS
             if candidate.peer_id is None:
@@ -215,6 +233,7 @@ class Search:
             candidate.failures = 0
         finally:
             candidate.dialling = False
+            self._news.set()
             self._fleet.reach_changed()
 
     async def _find_out(self, candidate: Candidate, timeout: float) -> None:
