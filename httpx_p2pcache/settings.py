@@ -54,6 +54,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     announce_addrs: Annotated[Words, Meta(title="multiaddrs announced instead of the ones listened on")] = ()
     bootstrap_peers: Annotated[Words, Meta(title="multiaddrs of nodes to begin with")] = ()
     public_bootstrap: Annotated[Flag, Meta(title="fall back to the public libp2p bootstrap nodes")] = True
+    artifacts: Annotated[
+        Literal["run", "repository", "none"],
+        Meta(
+            description="run, repository or none",
+            title="whose artifacts name peers on GitHub Actions: those of the workflow run, or of all its repository's",
+        ),
+    ] = "run"
     peer_registry: Annotated[
         Path | None,
         Meta(

@@ -39,6 +39,7 @@ def settings_for(tmp_path: Path) -> Callable[..., Settings]:
             "listen_host": "127.0.0.1",
             "listen_port": 0,
             "join_timeout": 10.0,
+            "public_bootstrap": False,
         }
         return Settings(**(plain | changes))  # type: ignore[arg-type] # heterogeneous on purpose
 
@@ -69,6 +70,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "ALL_PROXY",
     ):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CACHE_PUBLIC_BOOTSTRAP", "false")  # no test has anybody outside to talk to
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@
 
 const path = require('node:path')
 const fs = require('node:fs')
+const os = require('node:os')
 const { exportVariable, input, mask, run, saveState, say, setOutput, warn } = require('./runner.js')
 
 const VARIABLES = {
@@ -56,6 +57,11 @@ function main () {
   setOutput('peer_id', status.peer_id || '')
   setOutput('peer_multiaddr', status.addresses.length ? `${status.addresses[0]}/p2p/${status.peer_id}` : '')
   setOutput('door', status.door)
+  // An artifact must hold something; what it says is in its name.
+  const note = path.join(process.env.RUNNER_TEMP || os.tmpdir(), 'p2pcache-peer.txt')
+  fs.writeFileSync(note, 'The name of this artifact leads the other runners of the fleet to this one.\n')
+  setOutput('artifact', status.artifact || '')
+  setOutput('artifact_path', note)
   if (input('gh') === 'true') routeGh(status.door)
   const who = status.p2p_enabled ? `sharing as ${status.peer_id} with ${status.connected_peers} peers` : 'a cache for this job alone'
   say(`${who}; the door is ${status.door}`)

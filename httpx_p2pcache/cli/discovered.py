@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import sys
 from typing import Any
@@ -37,6 +38,20 @@ def discovered(settings: Settings, status: dict[str, Any] | None) -> list[dict[s
         add(peer_id, [address], "bootstrap")
     own = status and status["peer_id"]
     return [peer for peer in found.values() if peer["peer_id"] != own]
+
+
+def register(settings: Settings, peer_id: str, port: int, ip: str) -> str:
+    """Write a record for a node; returns its multiaddr. Raises ValueError for what is no address, OSError."""
+    if not settings.shared_secret:
+        raise ValueError("there is no secret: set CACHE_SHARED_SECRET (or GITHUB_TOKEN)")
+    if not _is_peer_id(peer_id):
+        raise ValueError(f"{peer_id!r} is not a peer ID, as 12D3KooW… or Qm…")
+    kind = ipaddress.ip_address(ip).version
+    address = f"/ip{kind}/{ip}/tcp/{port}"
+    keyring = Keyring.of(settings, settings.shared_secret.encode())
+    registry = Registry(settings.peer_registry or settings.dir / "peers", keyring, settings.peer_ttl)
+    registry.announce(base58.b58decode(peer_id), [address])
+    return f"{address}/p2p/{peer_id}"
 
 
 _ADDRESS = re.compile(r"/(?:ip4|ip6|dns|dns4|dns6|dnsaddr)/[A-Za-z0-9.:_%-]+(?:/tcp/\d{1,5})?")

@@ -157,6 +157,25 @@ def _show_status(status: dict[str, Any]) -> None:
 
 
 @app.command()
+def register(
+    peer_id: Annotated[str, typer.Argument(help="The node's libp2p peer ID.")],
+    port: Annotated[int, typer.Argument(min=1, max=65535, help="The TCP port it listens on.")],
+    ip: Annotated[str, typer.Argument(help="The IP address at which others reach it.")],
+) -> None:
+    """Leave the address of a node in the registry, as the node itself does; it counts for CACHE_PEER_TTL seconds.
+
+    Exit status 0: it is there; 2: the values or the registry cannot be used.
+    """
+    from httpx_p2pcache.cli.discovered import register as registered
+
+    settings = settings_or_exit()
+    try:
+        print(registered(settings, peer_id, port, ip))
+    except (ValueError, OSError) as exc:
+        fail(str(exc), 2)
+
+
+@app.command()
 def discover(
     most: Annotated[Optional[int], typer.Argument(min=1, metavar="[MAX]", help="At most so many.")] = None,  # noqa: UP045
     as_json: Json = False,

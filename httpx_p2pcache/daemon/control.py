@@ -17,9 +17,10 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from importlib import resources
-from typing import Any
+from typing import Any, cast
 
 import anyio.to_thread
+import base58
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -31,6 +32,7 @@ from starlette.routing import Route
 
 from httpx_p2pcache import __version__
 from httpx_p2pcache.exchange import Exchange
+from httpx_p2pcache.node.discovery.artifacts import artifact_name
 from httpx_p2pcache.report import report
 
 LATEST = 2**40  # as a time: some ten thousand years from now
@@ -69,6 +71,12 @@ class Control:
     async def _status(self, _: Request) -> Response:
         return JSONResponse(await anyio.to_thread.run_sync(self.status))
 
+    def _artifact(self, peer_id: object, addresses: list[str]) -> str:
+        """The name of an artifact that leads others here; "" where there is no node."""
+        if not isinstance(peer_id, str) or not addresses:
+            return ""
+        return artifact_name(self._exchange.keyring, base58.b58decode(peer_id), addresses)
+
     def status(self) -> dict[str, Any]:
         """Plain values; may touch the disk."""
         described = self._exchange.describe()
@@ -92,6 +100,7 @@ class Control:
             "joined": self._exchange.network.active,
             **self._describe(),
             **{name: described[name] for name in (*kept, "total_size_bytes")},
+            "artifact": self._artifact(described["peer_id"], cast("list[str]", described["addresses"])),
         }
 
     async def _stats(self, request: Request) -> Response:

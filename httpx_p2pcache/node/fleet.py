@@ -94,7 +94,7 @@ class Fleet:
         return Host(self._accept, self.members.__contains__, self.settings.dir)
 
     def _discoveries(self) -> list[Discovery]:
-        return discoveries(self.settings, self.keyring)
+        return discoveries(self)
 
     async def run(self, started: Callable[[], None]) -> None:
         """Be a member until ``stopping`` is set; ``started`` is called once we listen. Raises OSError if we cannot."""
@@ -418,5 +418,6 @@ class Fleet:
             seen = {p: seen.get(p, now) for p in strangers}
             for peer_id, since in seen.items():
                 candidate = self.search.candidates.get(peer_id)
-                if now - since > ADMISSION_SECONDS and not (candidate and candidate.dialling):
+                expected = (candidate and candidate.dialling) or peer_id in self.host.visiting
+                if now - since > ADMISSION_SECONDS and not expected:
                     self.spawn(self.host.disconnect, peer_id)

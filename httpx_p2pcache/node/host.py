@@ -12,7 +12,7 @@ import socket
 import tempfile
 import uuid
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class Host:
         self._swarm.set_resource_manager(None)  # it leaks a slot per cancelled dial: the limits are ours
         self._locks: dict[ID, trio.Lock] = {}
         self._is_member = is_member
+        self.visiting: Counter[ID] = Counter()  # strangers that we talk to ourselves
         self._gate = Gate()
         self._raw: weakref.WeakSet[Any] = weakref.WeakSet()
         self._wrap_inbound_upgrade()
@@ -206,7 +207,7 @@ class Host:
             os.close(self._key_lock)
             self._key_lock = None
 
-    async def connect(self, addresses: list[str], peer_id: ID, timeout: float) -> Any:
+    async def connect(self, addresses: list[str], peer_id: ID, timeout: float, protocol: str = PROTOCOL_ID) -> Any:
         """A stream to ``peer_id``, over the connection there is or a new one to the first address that answers.
 
         Raises OSError if there is none within ``timeout`` seconds.
@@ -217,7 +218,7 @@ class Host:
                 async with lock:  # two dials at once to one peer confuse the swarm
                     if not self._swarm.get_connections(peer_id):
                         await self._dial(addresses, peer_id)
-                return await self._host.new_stream(peer_id, [TProtocol(PROTOCOL_ID)])
+                return await self._host.new_stream(peer_id, [TProtocol(protocol)])
         except trio.TooSlowError as exc:
             raise OSError(errno.ETIMEDOUT, "the peer did not answer in time") from exc
         except OSError:
@@ -236,6 +237,29 @@ class Host:
             else:
                 return
         raise OSError("no address answers") from failure
+
+    @contextlib.asynccontextmanager
+    async def visit(self, addresses: list[str], peer_id: ID, protocol: str, timeout: float) -> AsyncIterator[Any]:
+        """A stream of another protocol to a stranger, for at most ``timeout`` seconds; then it is left again.
+
+        Raises OSError if it cannot be reached.
+        """
+        try:
+            self.visiting[peer_id] += 1
+            with trio.fail_after(timeout):
+                stream = await self.connect(addresses, peer_id, timeout, protocol)
+                try:
+                    yield stream
+                finally:
+                    await reset(stream)
+        except trio.TooSlowError as exc:
+            raise OSError(errno.ETIMEDOUT, "it has not answered in time") from exc
+        finally:
+            self.visiting[peer_id] -= 1
+            if not self.visiting[peer_id]:
+                del self.visiting[peer_id]
+                if not self._is_member(peer_id):
+                    await self.disconnect(peer_id)
 
     async def disconnect(self, peer_id: ID) -> None:
         """Close every connection to a peer."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import trio
 from libp2p.peer.id import ID
@@ -22,6 +21,8 @@ logger = logging.getLogger("httpx_p2pcache")
 LOOK_AROUND_SECONDS = 0.25  # between two looks for new peers at the start ...
 LOOK_AROUND_LATER = 1.0  # ... and once the fleet has had time to form
 FORMING_SECONDS = 10.0
+LATE_SECONDS = 2.0  # after which the ways begin that cost more, and that short processes do not need
+ANNOUNCE_AGAIN = 30.0  # after which one that has failed to begin is tried again
 GRACE_SECONDS = 0.25  # within which a member of a member is reached, or counts as one whom we cannot reach
 MEETING_SECONDS = GRACE_SECONDS + 0.1  # for which who joins waits for others after the last: they have judged by then
 FIRST_DIAL_SECONDS = 1.5  # what a peer that does not answer may cost who joins; the same for those tried at once
@@ -31,8 +32,6 @@ BACK_OFF_SHORT = 5.0  # the longest for a peer named by a setting: it may come b
 REFUSED_SECONDS = 60.0  # for whom a peer without our secret is left alone: it may be given it
 FORGET_SECONDS = 60.0  # after which a peer that cannot be reached, and is not seen any more, is forgotten
 MAX_CANDIDATES = 2000
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -178,31 +177,40 @@ class Search:
 
     async def _look(self, discovery: Discovery, looked: trio.Event) -> None:
         began = trio.current_time()
-        fleet = self._fleet
-        await self._tried(discovery, partial(discovery.announce, fleet.host.id.to_bytes(), fleet.addresses))
+        if discovery.late:
+            looked.set()
+            await trio.sleep(LATE_SECONDS)
+        while not await self._tried(
+            discovery, discovery.announce, self._fleet.host.id.to_bytes(), self._fleet.addresses
+        ):
+            looked.set()
+            await trio.sleep(ANNOUNCE_AGAIN)
         while True:
-            for sighting in await self._tried(discovery, discovery.find) or ():
-                self.sighted(sighting)
+            await self._tried(discovery, self._find, discovery)
             looked.set()
             forming = trio.current_time() - began < FORMING_SECONDS
             await trio.sleep(max(discovery.pause, LOOK_AROUND_SECONDS if forming else LOOK_AROUND_LATER))
 
+    async def _find(self, discovery: Discovery) -> None:
+        for sighting in await discovery.find():
+            self.sighted(sighting)
+
     async def withdraw(self) -> None:
         """Take back what was announced."""
-        for discovery in self._discoveries:
-            await self._tried(discovery, discovery.withdraw)
+        async with trio.open_nursery() as nursery:
+            for discovery in self._discoveries:
+                nursery.start_soon(self._tried, discovery, discovery.withdraw)
 
-    async def _tried(self, discovery: Discovery, func: Callable[[], Result]) -> Result | None:
-        name = type(discovery).__name__
+    async def _tried(self, discovery: Discovery, func: Callable[..., Awaitable[None]], *arguments: Any) -> bool:
         try:
-            found = await self._fleet.in_thread(func) if discovery.slow else await self._fleet.in_worker(func)
+            await func(*arguments)
         except OSError as exc:
-            if name not in self._failed:
-                self._failed.add(name)
-                logger.warning("%s cannot be used to find peers: %s", name, exc)
-            return None
-        self._failed.discard(name)
-        return found
+            if discovery.name not in self._failed:
+                self._failed.add(discovery.name)
+                logger.warning("%s cannot be used to find peers: %s", discovery.name, exc)
+            return False
+        self._failed.discard(discovery.name)
+        return True
 
     def sighted(self, sighting: Sighting) -> None:
         """Somebody may be there: it is dialled when it is due."""

@@ -251,6 +251,7 @@ class SimulatedHost:
     def __init__(self, node: SimulatedNode, on_stream: Callable[[Any, ID], Any]) -> None:
         self._node, self._on_stream = node, on_stream
         self._streams: dict[ID, list[SimulatedStream]] = {}
+        self.visiting: dict[ID, int] = {}
         self.id = ID(b"\x00\x24" + hashlib.sha512(f"{node.network.chance.random()}".encode()).digest()[:36])
 
     @contextlib.asynccontextmanager
@@ -303,21 +304,21 @@ class SimulatedHost:
 class _Everybody:
     """Finds who has ever listened, the dead included."""
 
-    slow, pause = False, 0.0
+    name, pause, late = "everybody", 0.0, False
 
     def __init__(self, node: SimulatedNode) -> None:
         self._node = node
 
-    def announce(self, peer_id: bytes, addresses: list[str]) -> None: ...
+    async def announce(self, peer_id: bytes, addresses: list[str]) -> None: ...
 
-    def find(self) -> list[Sighting]:
+    async def find(self) -> list[Sighting]:
         known = self._node.network.nodes
         return [
             Sighting(peer_id=node.fleet.host.id.to_bytes(), addresses=(address,), how="registry")
             for address, node in known.items()
         ]
 
-    def withdraw(self) -> None: ...
+    async def withdraw(self) -> None: ...
 
 
 class _Fleet(Fleet):

@@ -754,6 +754,7 @@ def test_what_does_not_belong_into_the_registry_is_ignored_and_what_is_old_is_re
     (registry / name.format("link")).symlink_to(good)
     expired = registry / name.format("expired")
     expired.write_bytes(sealed(time.time() - 2000))
+    os.utime(expired, 2 * (time.time() - 2000,))
     second = start("b")
     met(first, second)
     assert origin.resources[TARGETS[0]].body == first.get(TARGETS[0]).content == second.get(TARGETS[0]).content

@@ -38,6 +38,7 @@ DEFAULTS = {
     "computed_validators": True,
     "shared_identity": False,
     "node": "auto",
+    "artifacts": "run",
 }
 EXPECTED = {
     "enable_p2p": "true or false",
@@ -49,6 +50,7 @@ EXPECTED = {
     "announce_addrs": "a comma-separated list",
     "bootstrap_peers": "a comma-separated list",
     "public_bootstrap": "true or false",
+    "artifacts": "run, repository or none",
     "peer_registry": "a path",
     "peer_ttl": SECONDS,
     "join_timeout": SECONDS,
@@ -76,6 +78,7 @@ BAD_TEXTS = [
     *(("listen_port", text) for text in ("abc", "-1", "65536", "80.5", "0x50")),
     *(("listen_host", text) for text in ("localhost", "999.1.1.1", "cafe", "1.2.3", ":::::")),
     *(("node", text) for text in ("AUTO", "true", "sidecar")),
+    *(("artifacts", text) for text in ("all", "true", "Run")),
 ]
 
 

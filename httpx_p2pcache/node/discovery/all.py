@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from httpx_p2pcache.entries import Keyring
-from httpx_p2pcache.node.discovery import Discovery
+import os
+from typing import TYPE_CHECKING
+
+from httpx_p2pcache.node.discovery import Discovery, InThread
+from httpx_p2pcache.node.discovery.artifacts import Artifacts
+from httpx_p2pcache.node.discovery.dht import Dht
+from httpx_p2pcache.node.discovery.mdns import LocalNetwork
 from httpx_p2pcache.node.discovery.registry import Registry
 from httpx_p2pcache.node.discovery.static import StaticPeers
-from httpx_p2pcache.settings import Settings
+
+if TYPE_CHECKING:
+    from httpx_p2pcache.node.fleet import Fleet
 
 
-def discoveries(settings: Settings, keyring: Keyring) -> list[Discovery]:
+def discoveries(fleet: Fleet) -> list[Discovery]:
     """Side by side; each may fail alone."""
+    settings, keyring = fleet.settings, fleet.keyring
     directory = settings.peer_registry or settings.dir / "peers"
+    artifacts = Artifacts.of(settings, keyring, os.environ)
     return [
-        StaticPeers(settings.bootstrap_peers),
-        *(Registry(directory, ring, settings.peer_ttl, announces=ring is keyring) for ring in keyring.every),
+        InThread(StaticPeers(settings.bootstrap_peers), fleet.in_thread),
+        *(
+            InThread(Registry(directory, ring, settings.peer_ttl, announces=ring is keyring), fleet.in_worker)
+            for ring in keyring.every
+        ),
+        *([InThread(artifacts, fleet.in_thread)] if artifacts is not None else []),
+        InThread(LocalNetwork(keyring, settings.listen_host), fleet.in_thread, late=True),
+        Dht(fleet.host, keyring, settings, lonely=lambda: not fleet.members, in_thread=fleet.in_thread),
     ]

@@ -15,34 +15,20 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Annotated
-
-import msgspec
-from msgspec import Meta
 
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exceptions import Rejected
-from httpx_p2pcache.node.discovery import Sighting
-from httpx_p2pcache.node.protocol import Address, PeerBytes
+from httpx_p2pcache.node.discovery import Record, Sighting
 
 MAX_RECORD = 8192  # bytes; a larger file is not one of ours
 MAX_PEERS = 1000
-
-
-class Record(msgspec.Struct, frozen=True, array_like=True):
-    peer_id: PeerBytes
-    addresses: Annotated[list[Address], Meta(max_length=16)]
-    host: Annotated[str, Meta(max_length=256)]  # loopback addresses are for the same host only
-    written: float  # Unix time
-
-
-_DECODER = msgspec.msgpack.Decoder(Record)
+PLACE = b"registry"
+MAX_DIFFERENCE = 7200.0  # seconds between the clocks of two hosts
 
 
 class Registry:
     """The registry directory of one fleet. Not ``announces``: it is looked at, and nothing is left there."""
 
-    slow = False
     pause = 0.0
 
     def __init__(self, directory: Path, keyring: Keyring, ttl: float, *, announces: bool = True) -> None:
@@ -53,6 +39,7 @@ class Registry:
         self._ours: Path | None = None
         self._announced: tuple[bytes, list[str]] | None = None
         self._written = 0.0
+        self._ahead = 0.0  # the file system's clock, before ours
         self._known: dict[str, tuple[float, Record | None]] = {}
 
     def announce(self, peer_id: bytes, addresses: list[str]) -> None:
@@ -73,13 +60,19 @@ class Registry:
             record = self._read(entry)
             if record is None:
                 continue
-            if now - record.written > self._ttl:
+            if self._is_old(entry, record, now):
                 Path(entry.path).unlink(missing_ok=True)
                 continue
-            here = record.host == host
-            addresses = tuple(a for a in record.addresses if here or not a.startswith(("/ip4/127.", "/ip6/::1/")))
-            found.append(Sighting(peer_id=record.peer_id, addresses=addresses, how="registry"))
+            found.append(record.sighting(host, "registry"))
         return found
+
+    def _is_old(self, entry: os.DirEntry[str], record: Record, now: float) -> bool:
+        """By the file system's clock, which those who share it have in common; by our own, only beyond any doubt."""
+        try:
+            age = now + self._ahead - entry.stat(follow_symlinks=False).st_mtime
+        except OSError:
+            return False
+        return age > self._ttl or abs(now - record.written) > self._ttl + MAX_DIFFERENCE
 
     def withdraw(self) -> None:
         if self._ours is not None:
@@ -95,10 +88,11 @@ class Registry:
         temporary = self._directory / f".{name}.{os.getpid()}"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(self._keyring.seal(msgspec.msgpack.encode(record), b"registry"))
+            file.write(record.seal(self._keyring, PLACE))
         self._ours = self._directory / name
         temporary.replace(self._ours)
         self._written = now
+        self._ahead = self._ours.stat().st_mtime - time.time()
 
     def _read(self, entry: os.DirEntry[str]) -> Record | None:
         """The record of a file, read again only when it has changed; None for a half, foreign or false one."""
@@ -109,9 +103,8 @@ class Registry:
                 return known[1]
             record = None
             if entry.is_file(follow_symlinks=False) and status.st_size <= MAX_RECORD:
-                sealed = Path(entry.path).read_bytes()
-                record = _DECODER.decode(self._keyring.open(sealed, b"registry"))
-        except (Rejected, msgspec.DecodeError, UnicodeDecodeError, RecursionError, FileNotFoundError):
+                record = Record.open(Path(entry.path).read_bytes(), self._keyring, PLACE)
+        except (Rejected, FileNotFoundError):
             record = None
         except OSError:
             return None
