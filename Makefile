@@ -10,7 +10,7 @@ HAR ?=
 OWN_TOKENS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage lint typecheck check bench soak lock clean
+.PHONY: help setup demo test simulate coverage lint typecheck bench soak lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ demo: $(READY) ## five runners share what one has paid for (RUNNERS=, URLS=, HAR
 
 test: $(READY) lint typecheck ## lint, types and every test
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+simulate: $(READY) ## ten thousand schedules of the simulated fleet (SCHEDULES=)
+	@SCHEDULES=$(or $(SCHEDULES),10000) $(BIN)/python -m pytest --timeout 3600 tests/simulation
 
 coverage: $(READY) ## every test, one after another, and which lines they reach
 	@$(BIN)/coverage run -m pytest

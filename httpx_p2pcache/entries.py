@@ -35,9 +35,13 @@ _NAMES_OF_SECRETS = r"auth(?!ors?\b)|token|secret|passw|signature|api_?key|crede
 _CREDENTIAL_NAME = re.compile(rf"{_NAMES_OF_SECRETS}|cookie|key|otp|dpop", re.IGNORECASE)
 # A parameter whose name ends in such a word, unless its value says yes or no, as GitHub's hide_secret=true.
 _CREDENTIAL_PARAMETERS = re.compile(
-    r"[?&](?:[^=&]*(?:token|secret|passw(?:or)?d|signature|api_?key|auth|credentials?|session_?id|session|jwt|assertion"
+    r"[?&](?:[^=&?]*(?:token|secret|passw(?:or)?d|signature|api_?key|auth|credentials?|session_?id|session|jwt|assertion"
     r"|bearer)|key|sig|code)=(?!(?:true|false|[01]?)(?:&|$))",
     re.IGNORECASE,
+)
+# No alternative may give back what another could take: a hostile field would cost the square of its length.
+_LINK = re.compile(
+    r"""\s*<([^<>]*)>((?:\s*;\s*[^\s=;,"<>]+(?:\s*=\s*(?:"[^"\\]*(?:\\.[^"\\]*)*"|[^\s;,"<>]+))?)*)\s*(?:,|$)"""
 )
 # Values of these fields may be stored and sent in clear; any other that Vary nominates becomes a keyed digest.
 CLEAR_FIELDS = frozenset(
@@ -126,6 +130,21 @@ def same_origin(a: str, b: str) -> bool:
         )
     except ValueError:  # no URL, or a port that is none
         return False
+
+
+def links(entry: Entry) -> list[tuple[str, str]]:
+    """Each link of the ``Link`` field (RFC 8288 §3): its target's URL, and its parameters as they were sent.
+
+    A field that is not of that form leads nowhere, to "": another reader may find whatever it likes in it.
+    """
+    text, found, at = entry.first("link") or "", [], 0
+    while at < len(text):
+        match = _LINK.match(text, at)
+        if match is None:
+            return [("", text)]
+        found.append((resolved_url(entry.url, match[1]), match[2]))
+        at = match.end()
+    return found
 
 
 def resolved_url(base: str, reference: str) -> str:

@@ -50,7 +50,7 @@ def directives(headers: Headers | Mapping[str, list[str]]) -> dict[str, str | No
     """
     lines = headers.get_list("cache-control") if isinstance(headers, Headers) else headers.get("cache-control")
     found: dict[str, str | None] = {}
-    for name, quoted, plain in (match for line in lines or () for match in _DIRECTIVE.findall(line)):
+    for name, quoted, plain in (match for line in lines or () for match in _DIRECTIVE.findall(_short(line))):
         key, argument = name.lower(), (re.sub(r"\\(.)", r"\1", quoted) if quoted else plain) or None
         if not key:
             continue
@@ -58,6 +58,11 @@ def directives(headers: Headers | Mapping[str, list[str]]) -> dict[str, str | No
             argument = _stricter(key, found[key], argument)
         found[key] = argument
     return found
+
+
+def _short(line: str) -> str:
+    """White space as single spaces where there may be much of it: the pattern tries every way to divide it."""
+    return line if len(line) < 256 else " ".join(line.split())
 
 
 def _stricter(name: str, a: str | None, b: str | None) -> str | None:

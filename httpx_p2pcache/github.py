@@ -30,7 +30,7 @@ import msgspec
 from hishel import Headers
 
 from httpx_p2pcache.conditions import opaque
-from httpx_p2pcache.entries import Entry, resolved_url, same_origin
+from httpx_p2pcache.entries import Entry, links, same_origin
 from httpx_p2pcache.freshness import vary_names
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
@@ -57,7 +57,6 @@ _REPRESENTATION_FIELDS = frozenset(
         "x-github-media-type",
     }
 )
-_LINK = re.compile(r"<([^>]*)>([^<]*)")
 _VARIABLE = re.compile(r"\d+|[0-9a-f]{7,40}")
 # GitHub's Link fields name by number what the request has named by name.
 _NUMBERED = {"repositories": ("repos", 1), "organizations": ("orgs", 1), "user": ("users", 1)}
@@ -194,22 +193,19 @@ def may_have_grown(entry: Entry) -> bool:
         return False
     try:
         value: Any = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     lists = [value] if isinstance(value, list) else [v for v in value.values() if isinstance(v, list)]
     asked = parse_qs(urlsplit(entry.url).query).get("per_page", [""])[0]
-    size = int(asked[:6]) if asked.isdigit() else DEFAULT_PER_PAGE
+    size = int(asked[:6]) if asked.isdecimal() else DEFAULT_PER_PAGE
     paged = isinstance(value, list) or "total_count" in value
     return paged and any(len(items) >= size for items in lists)
 
 
 def links_stay(entry: Entry) -> bool:
     """Whether every target of ``Link`` has the entry's own origin and path family."""
-    for target, _ in _LINK.findall(entry.first("link") or ""):
-        url = resolved_url(entry.url, target)
-        if not same_origin(url, entry.url) or family(url) != family(entry.url):
-            return False
-    return True
+    ours = family(entry.url)
+    return all(same_origin(url, entry.url) and family(url) == ours for url, _ in links(entry))
 
 
 def family(url: str) -> str:
@@ -217,7 +213,7 @@ def family(url: str) -> str:
     parts = [part for part in urlsplit(url).path.split("/") if part]
     if parts[:2] == ["api", "v3"]:  # GitHub Enterprise Server
         parts = parts[2:]
-    if parts and parts[0] in _NUMBERED and len(parts) > 1 and parts[1].isdigit():
+    if parts and parts[0] in _NUMBERED and len(parts) > 1 and parts[1].isdecimal():
         name, skip = _NUMBERED[parts[0]]
     elif parts and parts[0] in _NAMED:
         name, skip = parts[0], _NAMED[parts[0]]

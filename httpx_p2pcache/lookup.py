@@ -37,7 +37,7 @@ from httpx_p2pcache.freshness import (
 from httpx_p2pcache.github import adopted, endpoint, may_have_grown
 from httpx_p2pcache.keep import Keep
 from httpx_p2pcache.lease import Lease
-from httpx_p2pcache.network import Awaited, FleetClaim, Found, Question
+from httpx_p2pcache.network import MAX_SELECTED, MAX_SELECTING, Awaited, FleetClaim, Found, Question
 from httpx_p2pcache.parts import PART
 from httpx_p2pcache.quota import refuses
 from httpx_p2pcache.stored import Stored
@@ -54,7 +54,6 @@ CONDITIONS = frozenset({"if-modified-since", "if-none-match"})
 SPECIAL = FOR_THE_ORIGIN | CONDITIONS | {"cache-control", "content-length", "if-range", "pragma", "range"}
 # Fields of a request that say nothing about which representation is meant, and are not sent to peers.
 _UNSELECTIVE = frozenset({"connection", "host", "content-length", "transfer-encoding", "te"})
-MAX_SELECTING = 100  # fields of a request beyond which no peer is asked
 _GITHUB_STALE_SECONDS = 86_400.0
 _OPTIONS = CacheOptions(shared=False, supported_methods=list(CACHEABLE))
 
@@ -256,14 +255,15 @@ class Lookup:
         if not exchange.network.active:
             return False
         names = [name for name in self.request.headers if name not in _UNSELECTIVE]
-        if len(names) > MAX_SELECTING:
+        selecting = exchange.keyring.selecting(self.seen.headers, names)
+        if len(selecting) > MAX_SELECTING or any(len(t) > MAX_SELECTED for one in selecting.items() for t in one):
             return False
         question = Question(
             key=self.key,
             claim=lease.claim,
             method=self.request.method,
             identity=self.identity,
-            selecting=exchange.keyring.selecting(self.seen.headers, names),
+            selecting=selecting,
             holds=self.held[0].entry.digest if self.held else b"",
             age=self.held[0].entry.age(time.time()) if self.held else 0.0,
             any_identity=self.shared,
@@ -494,7 +494,7 @@ class Lookup:
             parts = urlsplit(self.request.url)
             logger.warning("%s%s: served stale, %d s old, because of %s", parts.netloc, parts.path, age, cause)
             status = f"fwd=stale; ttl={stored.fresh_for - int(age)}; detail=stale-if-error"
-            if cause.isdigit():
+            if cause.isdecimal():
                 status = status.replace("fwd=stale;", f"fwd=stale; fwd-status={cause};")
             return self._viewed(Answer(stored, None, status, caching("local", from_cache=True), age=age))
         return None
@@ -551,4 +551,4 @@ def _failing(reply: Reply) -> bool:
 
 def _too_large(reply: Reply, limit: int) -> bool:
     length: Sequence[str] = reply.headers.get_list("content-length") or ()
-    return any(line.isdigit() and int(line[:20]) > limit for line in length)
+    return any(line.isdecimal() and int(line[:20]) > limit for line in length)

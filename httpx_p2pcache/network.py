@@ -17,6 +17,9 @@ from httpx_p2pcache.entries import Digest, Entry
 from httpx_p2pcache.quota import Quota
 
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
+MAX_SELECTING = 100  # fields of a request that may be sent in a question ...
+MAX_SELECTED = 8192  # ... and the characters that one of them may have
+Selected = Annotated[str, Meta(max_length=MAX_SELECTED)]
 ClaimKey = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
@@ -32,7 +35,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     claim: ClaimKey
     method: Annotated[str, Meta(max_length=16)]
     identity: Digest
-    selecting: Annotated[dict[str, str], Meta(max_length=100)]
+    selecting: Annotated[dict[Selected, Selected], Meta(max_length=MAX_SELECTING)]
     holds: Annotated[bytes, Meta(max_length=16)] = b""
     age: Annotated[float, Meta(ge=0)] = 0.0
     any_identity: bool = False

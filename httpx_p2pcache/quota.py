@@ -111,8 +111,8 @@ class QuotaBoard:
             known = self._quotas.get(place)
             news = quota.seen <= now + LONGEST_PAUSE and (known is None or known.seen < quota.seen)
             if news:
-                until = min(quota.refused_until, now + LONGEST_PAUSE)
-                self._keep(place, msgspec.structs.replace(quota, refused_until=until))
+                until, seen = min(quota.refused_until, now + LONGEST_PAUSE), min(quota.seen, now)
+                self._keep(place, msgspec.structs.replace(quota, refused_until=until, seen=seen))
             return news
 
     def refused(self, identity: str, url: str, now: float) -> bool:
@@ -174,4 +174,4 @@ def resource(url: str) -> str:
 
 def _number(headers: Headers, name: str) -> int | None:
     value = headers.get(name, "").strip()
-    return int(value[:12]) if value.isdigit() else None
+    return int(value[:12]) if value.isdecimal() else None

@@ -97,7 +97,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 checked = msgspec.convert(value, spec.hint, dec_hook=_as_path)
             except msgspec.ValidationError:
                 raise SettingsError(_complaint(name, value)) from None
+            texts = checked if isinstance(checked, tuple) else [checked]
+            if not all(_is_text(text) for text in texts if isinstance(text, str)):
+                raise SettingsError(_complaint(name, value))
             msgspec.structs.force_setattr(self, name, checked)
+        if not all(scheme in ("http", "https") and netloc for netloc, scheme in self.origins().items()):
+            raise SettingsError(_complaint("github_hosts", ",".join(self.github_hosts)))
         try:
             ipaddress.ip_address(self.listen_host)
         except ValueError:
@@ -176,7 +181,19 @@ def _read_bytes(raw: str) -> int:
 def _as_path(_: type, value: Any) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise ValueError("not a path")
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:  # nobody of that name
+        raise ValueError("not a path") from None
+
+
+def _is_text(value: str) -> bool:
+    """Not so where a variable holds bytes that are no UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _metas(hint: Any) -> list[Meta]:
@@ -222,7 +239,7 @@ def _written(value: object) -> str:
 
 def _is_this_machine(netloc: str) -> bool:
     host, _, port = netloc.rpartition(":")
-    name = host if port.isdigit() else netloc
+    name = host if port.isdecimal() else netloc
     try:
         return ipaddress.ip_address(name.strip("[]")).is_loopback
     except ValueError:

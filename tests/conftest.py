@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from secret import secret_of
 
 from httpx_p2pcache import Settings, runner
 from httpx_p2pcache.testing import Origin, made_up
-
-SECRET = hashlib.sha256(b"the fleet's secret in these tests").hexdigest()
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -29,13 +27,13 @@ def origin() -> Iterator[Origin]:
 
 @pytest.fixture
 def settings_for(tmp_path: Path) -> Callable[..., Settings]:
-    """``settings_for("a")``: a runner of its own; runners of one test share registry and secret. P2P is on."""
+    """``settings_for("a")``: a runner of its own; those of one test share registry and secret. P2P is on."""
 
     def build(name: str = "runner", **changes: object) -> Settings:
         plain = {
             "dir": tmp_path / name,
             "peer_registry": tmp_path / "registry",
-            "shared_secret": SECRET,
+            "shared_secret": secret_of(tmp_path),
             "listen_host": "127.0.0.1",
             "listen_port": 0,
             "join_timeout": 10.0,

@@ -79,7 +79,7 @@ class Door:
         if path.lower().startswith((b"http://", b"https://")):  # RFC 9112 §3.2.2: then Host does not count
             netloc, slash, rest_of = path.partition(b"://")[2].partition(b"/")
             host, path = netloc.decode("latin-1").lower(), slash + rest_of or b"/"
-        if not path.startswith(b"/") or b"#" in path:
+        if not path.startswith(b"/") or b"#" in path + scope["query_string"]:
             return await _say(send, 400, "a request target is a path, or a whole URL without a fragment")
         prefix = b""
         if self._token is not None:

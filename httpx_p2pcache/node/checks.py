@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 
 import hishel
 import msgspec
 from hishel import CacheOptions, Headers
 
-from httpx_p2pcache.entries import Entry, carries_credentials, is_credential, resolved_url, same_origin
+from httpx_p2pcache.entries import Entry, carries_credentials, is_credential, links, same_origin
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.freshness import http_date, machine_response, vary_names
 
@@ -17,11 +18,13 @@ MAX_RESIDENT = 31_536_000.0  # a year, as RFC 9111's own advice for the longest 
 MAX_FUTURE = 7200.0  # clocks may differ by an hour in either direction
 MAX_FIELDS = 200
 MAX_FIELD_BYTES = 64 * 1024
+MAX_UNPACKED = 128 * 1024**2  # bytes: gzip makes a thousandth of what is empty, a tenth of what says something
+UNPACKED_AT_ONCE = 256 * 1024
+_UNPACKING = {"gzip": 31, "x-gzip": 31, "deflate": 47}  # zlib's wbits; a deflate that is none of zlib's is rare
 
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-_LINK = re.compile(r'<([^>]*)>((?:\s*;\s*[^\s=;,"]+\s*(?:=\s*(?:"(?:[^"\\]|\\.)*"|[^\s;,"]*))?)*)')
-_PAGINATION = re.compile(r"\brel\s*=.*\b(?:next|prev|previous|first|last)\b", re.IGNORECASE)
+_PAGINATION = re.compile(r"\b(?:next|prev|previous|first|last)\b", re.IGNORECASE)
 
 
 def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> Entry:
@@ -33,11 +36,14 @@ def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> E
         raise Rejected("it has been on its way for an impossible time")
     if entry.method not in ("GET", "HEAD") or not entry.url.startswith(("http://", "https://")):
         raise Rejected("its method or URL is not one that is cached")
+    if not same_origin(entry.url, entry.url):
+        raise Rejected("its URL is none")
     if carries_credentials(entry.url) or any(is_credential(n) and len(v) != 32 for n, v in entry.selecting.items()):
         raise Rejected("it holds credentials in clear")
     if len(entry.body) > max_body_size:
         raise Rejected("its body is larger than CACHE_MAX_BODY_SIZE")
     _check_fields(entry.headers)
+    _check_fields({name: [value] for name, value in entry.selecting.items()})
     if "set-cookie" in entry.headers or "*" in vary_names(entry.headers):
         raise Rejected("it is for one user or one request only")
     date = http_date(entry.first("date"))
@@ -46,9 +52,10 @@ def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> E
     length = entry.first("content-length")
     if entry.method == "GET" and length is not None and length != str(len(entry.body)):
         raise Rejected("its body is not as long as its Content-Length says")
-    for target, parameters in _LINK.findall(entry.first("link") or ""):
-        if _PAGINATION.search(parameters) and not same_origin(resolved_url(entry.url, target), entry.url):
+    for url, parameters in links(entry):
+        if _PAGINATION.search(parameters) and not same_origin(url, entry.url):
             raise Rejected("its Link leads to another origin")
+    _check_coding(entry)
     verdict = hishel.CacheMiss(
         options=CacheOptions(shared=False), request=hishel.Request(entry.method, entry.url, Headers({}))
     ).next(machine_response(hishel.Response(entry.status, Headers(entry.headers))))
@@ -56,6 +63,24 @@ def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> E
         raise Rejected("RFC 9111 §3 does not allow it to be stored")
     age = entry.initial_age + resident
     return msgspec.structs.replace(entry, initial_age=age, received=now)
+
+
+def _check_coding(entry: Entry) -> None:
+    """Whoever reads the body unpacks it, without a limit: it has to be what it says, and no bomb."""
+    coding = (entry.first("content-encoding") or "").strip().lower()
+    if coding not in _UNPACKING or not entry.body:
+        return
+    unpack, unpacked, packed = zlib.decompressobj(wbits=_UNPACKING[coding]), 0, entry.body
+    try:
+        while packed and unpacked <= MAX_UNPACKED:
+            unpacked += len(unpack.decompress(packed, UNPACKED_AT_ONCE))
+            packed = unpack.unconsumed_tail
+    except zlib.error:
+        raise Rejected("its body is not in the coding that it names") from None
+    if unpacked > MAX_UNPACKED:
+        raise Rejected("its body unpacks to too much")
+    if not unpack.eof:
+        raise Rejected("its body breaks off")
 
 
 def _check_fields(headers: dict[str, list[str]]) -> None:

@@ -22,6 +22,7 @@ import trio
 from libp2p.peer.id import ID
 
 from httpx_p2pcache.entries import Keyring
+from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.node.discovery import Discovery, Sighting
 from httpx_p2pcache.node.discovery.all import discoveries
@@ -188,7 +189,9 @@ class Fleet:
             self.stats.add("rejected")
             await reset(stream)
             if peer_id not in self.members:
-                await self.host.refuse(peer_id)
+                # Only who has proved not to hold the secret is kept away: a member may be slow, or gone in between.
+                leave = self.host.refuse if isinstance(exc, Rejected) else self.host.disconnect
+                await leave(peer_id)
             return
         link = Link(stream, peer_id, keyring, self._frame_limit)
         known = self.search.candidates.get(peer_id)

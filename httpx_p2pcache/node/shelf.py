@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("httpx_p2pcache")
 
 SAME_AGE = 0.5  # seconds by which the age of one entry may differ between two members
+LARGE = 64 * 1024  # bytes of a body that is checked in the worker, since that takes its time
 MAX_KEPT_SEALED = 64 * 1024  # bytes of a sealed entry that is kept beside it, for the next who asks
 
 
@@ -87,7 +88,8 @@ class Shelf:
                     return None
                 entry = msgspec.structs.replace(entry, body=body)
             now = time.time()
-            entry = believed(entry, resident, now, fleet.settings.max_body_size)
+            check = partial(believed, entry, resident, now, fleet.settings.max_body_size)
+            entry = check() if len(entry.body) < LARGE else await fleet.in_worker(check)
         except Rejected as exc:
             logger.debug("an entry from a peer was not believed: %s", exc)
             fleet.stats.add("rejected")

@@ -15,6 +15,7 @@ import httpx
 import pytest
 from conformance.test_rfc9111 import CONTEXT, SCENARIOS, Clock, Run
 from scripted import Scripted
+from secret import secret_of
 
 from httpx_p2pcache import P2PCacheTransport, Settings
 from httpx_p2pcache.entries import cache_key
@@ -25,7 +26,6 @@ pytest.importorskip("libp2p")
 
 pytestmark = pytest.mark.p2p
 
-SECRET = "a secret for scenarios that two runners play"
 ONE_RUNNER_ONLY = {
     # What the first runner was given may not leave it, or is asked of its own store alone.
     "Set-Cookie",
@@ -50,7 +50,8 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[httpx.Cli
             settings=Settings(
                 dir=scratch / name,
                 peer_registry=scratch / "registry",
-                shared_secret=SECRET,
+                shared_secret=secret_of(scratch),
+                public_bootstrap=False,
                 listen_host="127.0.0.1",
                 listen_port=0,
                 lookup_timeout=5.0,

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from secret import secret_of
+
 from httpx_p2pcache.daemon import life
 
 TOKEN = "ghp_0123456789abcdefghijklmnopqrstuvwxyz"
@@ -36,7 +38,8 @@ class Runner:
         ours = {
             "CACHE_DIR": str(directory),
             "CACHE_PEER_REGISTRY": str(registry),
-            "CACHE_SHARED_SECRET": "5e" * 32,
+            "CACHE_SHARED_SECRET": secret_of(registry),
+            "CACHE_PUBLIC_BOOTSTRAP": "false",
             "CACHE_LISTEN_HOST": "127.0.0.1",
             "CACHE_LISTEN_PORT": "0",
             "NO_PROXY": "127.0.0.1",

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from secret import secret_of
 
 from httpx_p2pcache.testing import Origin, made_up
 
@@ -50,7 +51,8 @@ def environment(origin: Origin, tmp_path_factory: pytest.TempPathFactory) -> Ite
             ours = {
                 "CACHE_DIR": str(root / name),
                 "CACHE_PEER_REGISTRY": str(root / "registry"),
-                "CACHE_SHARED_SECRET": "5e" * 32,
+                "CACHE_SHARED_SECRET": secret_of(root),
+                "CACHE_PUBLIC_BOOTSTRAP": "false",
                 "CACHE_FLEET": fleet,
                 "CACHE_LISTEN_HOST": "127.0.0.1",
                 "CACHE_LISTEN_PORT": "0",

@@ -97,6 +97,7 @@ def test_what_needs_the_daemon_says_so(runner: Runner) -> None:
 
 
 def test_verify_says_yes_where_all_is_well_and_what_to_do_where_not(runner: Runner) -> None:
+    secret = runner.environment["CACHE_SHARED_SECRET"]
     done = runner.run("verify")
     assert (done.returncode, done.stdout.count("✗")) == (0, 0), done.stdout
     assert "✓ round trip: what one node fetched, a second got from it" in done.stdout
@@ -106,7 +107,7 @@ def test_verify_says_yes_where_all_is_well_and_what_to_do_where_not(runner: Runn
     assert (checks["registry"]["right"], checks["secret"]["right"]) == (False, False)
     assert "set CACHE_PEER_REGISTRY" in checks["registry"]["said"]
     assert "can be guessed" in checks["secret"]["said"]
-    runner.environment["CACHE_SHARED_SECRET"] = "5e" * 32
+    runner.environment["CACHE_SHARED_SECRET"] = secret
 
 
 def test_replay_shows_what_sharing_would_save_on_recorded_traffic(runner: Runner, tmp_path: Path) -> None:
@@ -147,11 +148,14 @@ def test_help_of_every_command_says_how_it_may_end() -> None:
         assert "exit status" in (command.callback.__doc__ or "").lower(), command.callback.__name__
 
 
+ARGUMENTS = {"get": ["/x"], "register": ["12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN", "9000", "127.0.0.1"]}
+
+
 def test_a_value_that_cannot_be_used_ends_every_command(tmp_path: Path) -> None:
     bad = Runner(tmp_path / "store", tmp_path / "peers", CACHE_LISTEN_PORT="sesame")
     names = {command.callback.__name__ for command in app.registered_commands if command.callback is not None}
     for name in names - {"demo", "replay"}:  # which have settings of their own
-        done = invoke(bad, name, *(["/x"] if name == "get" else []))
+        done = invoke(bad, name, *(ARGUMENTS.get(name, [])))
         assert done.exit_code == (1 if name == "verify" else 2), name
         assert "CACHE_LISTEN_PORT must be a port number from 0 to 65535, not 'sesame'" in done.output
     assert list(tmp_path.iterdir()) == []

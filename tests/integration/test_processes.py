@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from secret import secret_of
 from waiting import eventually
 
 from httpx_p2pcache.cli import demo
@@ -28,7 +29,6 @@ pytest.importorskip("libp2p")
 
 pytestmark = pytest.mark.p2p
 
-SECRET = hashlib.sha256(b"the secret of these processes").hexdigest()
 TOKEN = "ghp_0123456789abcdefghijklmnopqrstuvwxyz"
 PROMPT = 2.0  # lookup_timeout of 0.25 s, the origin's latency, and a generous margin
 TARGETS = [f"/repos/octo-org/repo-{number}" for number in range(30)]
@@ -50,7 +50,8 @@ def environment(tmp_path: Path) -> Environment:
         ours = {
             "CACHE_DIR": str(tmp_path / name),
             "CACHE_PEER_REGISTRY": str(tmp_path / "registry"),
-            "CACHE_SHARED_SECRET": SECRET,
+            "CACHE_SHARED_SECRET": secret_of(tmp_path),
+            "CACHE_PUBLIC_BOOTSTRAP": "false",
             "CACHE_LISTEN_HOST": "127.0.0.1",
             "CACHE_LISTEN_PORT": "0",
             "NO_PROXY": "127.0.0.1",

@@ -84,7 +84,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     peer_id: PeerBytes
     addresses: Annotated[list[Address], Meta(max_length=16)]
     host: Annotated[str, Meta(max_length=256)]  # loopback addresses are for the same host only
-    written: float  # Unix time
+    written: Annotated[float, Meta(ge=0, le=2**40)]  # Unix time
 
     def seal(self, keyring: Keyring, place: bytes) -> bytes:
         return keyring.seal(msgspec.msgpack.encode(self), place)

@@ -69,7 +69,7 @@ class Artifacts:
         api = environ.get("GITHUB_API_URL") or "https://api.github.com"
         if settings.artifacts == "none" or not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or not token:
             return None
-        if settings.artifacts == "run" and not run.isdigit():
+        if settings.artifacts == "run" and not run.isdecimal():
             return None
         within = f"/actions/runs/{run}" if settings.artifacts == "run" else "/actions"
         return cls(keyring, api, f"/repos/{repository}{within}/artifacts", token, settings.peer_ttl)

@@ -72,7 +72,7 @@ class Registry:
             age = now + self._ahead - entry.stat(follow_symlinks=False).st_mtime
         except OSError:
             return False
-        return age > self._ttl or abs(now - record.written) > self._ttl + MAX_DIFFERENCE
+        return age > self._ttl or not abs(now - record.written) <= self._ttl + MAX_DIFFERENCE
 
     def withdraw(self) -> None:
         if self._ours is not None:
