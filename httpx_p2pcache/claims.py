@@ -83,14 +83,15 @@ class _Claim(Generic[Asker]):
 class ClaimTable(Generic[Asker]):
     """The claims of one home or one process. Not thread-safe; ``timeout`` is a claim's life in seconds.
 
-    At most ``limit`` keys are claimed at a time; beyond that everybody is let go.
+    At most ``limit`` keys are claimed at a time, and waited for by as many askers; beyond that everybody is let go.
     """
 
-    def __init__(self, timeout: float, limit: int = 10_000) -> None:
+    def __init__(self, timeout: float, limit: int = 5_000) -> None:
         self._timeout = timeout
         self._limit = limit
         self._claims: dict[bytes, _Claim[Asker]] = {}
         self._open: dict[bytes, float] = {}
+        self._waiting = 0
 
     def __len__(self) -> int:
         return len(self._claims)
@@ -101,6 +102,9 @@ class ClaimTable(Generic[Asker]):
             return Go()
         claim = self._claims.get(key)
         if claim is not None:
+            if self._waiting >= self._limit:
+                return Go()
+            self._waiting += 1
             claim.waiters.append(asker)
             return Pending(claim.ends)
         if len(self._claims) >= self._limit:
@@ -110,7 +114,8 @@ class ClaimTable(Generic[Asker]):
     def adopt(self, key: bytes, holder: Asker, ends: float, id_: int | None = None) -> Granted:
         """Note that ``holder`` fetches ``key``: it was granted here, or with ``id_`` by the key's former home."""
         claim = _Claim(secrets.randbits(63) if id_ is None else id_, holder, ends)
-        self._claims.setdefault(key, claim)
+        if len(self._claims) < self._limit:
+            self._claims.setdefault(key, claim)
         return Granted(claim.id, claim.ends)
 
     def release(self, key: bytes, id_: int | None, verdict: Verdict, now: float) -> Told[Asker]:
@@ -136,7 +141,9 @@ class ClaimTable(Generic[Asker]):
         """Those for whom ``gone`` is true no longer wait, and their claims pass on."""
         told: Told[Asker] = []
         for key, claim in list(self._claims.items()):
-            claim.waiters = [waiter for waiter in claim.waiters if not gone(waiter)]
+            left = [waiter for waiter in claim.waiters if not gone(waiter)]
+            self._waiting -= len(claim.waiters) - len(left)
+            claim.waiters = left
             if gone(claim.holder):
                 told += self._pass_on(key, claim, now)
         return told
@@ -161,11 +168,14 @@ class ClaimTable(Generic[Asker]):
         if not claim.waiters:
             del self._claims[key]
             return []
+        self._waiting -= 1
         claim.id, claim.holder, claim.ends = secrets.randbits(63), claim.waiters.pop(0), now + self._timeout
         return [(key, claim.holder, Granted(claim.id, claim.ends))]
 
     def _end(self, key: bytes, tidings: Tidings) -> Told[Asker]:
-        return [(key, waiter, tidings) for waiter in self._claims.pop(key).waiters]
+        waiters = self._claims.pop(key).waiters
+        self._waiting -= len(waiters)
+        return [(key, waiter, tidings) for waiter in waiters]
 
 
 class Seat(NamedTuple):

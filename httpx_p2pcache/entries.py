@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 import msgspec
@@ -70,7 +70,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     Header values are the received bytes decoded as latin-1, so nothing is lost. ``initial_age`` is
     ``corrected_initial_age`` (RFC 9111 §4.2.3) in seconds when it was ``received`` (this machine's Unix time).
     ``identity`` is the digest of the credentials it was made with; "" for a request without any. ``digest`` names the
-    body, which is left out where the receiver holds it already.
+    body, which is left out where the receiver holds it already. ``voucher`` shows that who made it holds the
+    credentials that ``identity`` names: see :class:`Asker`.
     """
 
     method: Annotated[str, Meta(min_length=1, max_length=16)]
@@ -83,6 +84,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     digest: Annotated[bytes, Meta(min_length=16, max_length=16)]
     initial_age: Annotated[float, Meta(ge=0, le=2**32)]
     received: float
+    voucher: Annotated[bytes, Meta(max_length=16)] = b""
 
     def __repr__(self) -> str:
         return f"<Entry {self.method} {cache_key(self.url).hex()[:12]} {self.status} {len(self.body)} bytes>"
@@ -155,6 +157,34 @@ def resolved_url(base: str, reference: str) -> str:
         return ""
 
 
+class Asker(NamedTuple):
+    """Who a request is made as: ``identity`` as peers are told it, and a ``key`` that only who can ask so can have.
+
+    Both are halves of one keyed digest of the credentials. A member may claim that an entry is of an identity that it
+    has been told of; it cannot vouch for it. There is no key, and nothing to vouch for, where anybody can ask.
+    """
+
+    identity: str
+    key: bytes
+
+    def vouch(self, entry: Entry) -> Entry:
+        """``entry``, made by this asker, as others who ask so will believe it. Not its age, which is another for each.
+
+        Without a key it is left as it is.
+        """
+        return msgspec.structs.replace(entry, voucher=self._voucher(entry)) if self.key else entry
+
+    def made(self, entry: Entry) -> bool:
+        """Whether the entry was made by one who asks as this one does."""
+        return entry.identity == self.identity and hmac.compare_digest(self._voucher(entry), entry.voucher)
+
+    def _voucher(self, entry: Entry) -> bytes:
+        if not self.key:
+            return entry.voucher
+        said = entry.method, entry.url, entry.status, sorted(entry.selecting.items()), sorted(entry.headers.items())
+        return hmac.digest(self.key, repr((*said, entry.digest)).encode(), "sha256")[:16]
+
+
 class Keyring:
     """Every key of a fleet, derived from one secret (HKDF-SHA256, RFC 5869) with the fleet's name mixed in.
 
@@ -188,14 +218,15 @@ class Keyring:
     def __repr__(self) -> str:
         return "<Keyring>"
 
-    def identity(self, request: Request) -> str:
-        """Who a request is made as: 32 hex digits, or "" for a request that carries no credentials."""
+    def asker(self, request: Request) -> Asker:
+        """Who a request is made as; the identity has 32 hex digits, or none for a request without credentials."""
         if self._one_user:
-            return EVERYONE
+            return Asker(EVERYONE, b"")
         held = [(name, request.headers[name]) for name in request.headers if is_credential(name)]
         if not held:
-            return ANONYMOUS
-        return hmac.digest(self._identity, repr(sorted(held)).encode(), "sha256").hex()[:32]
+            return Asker(ANONYMOUS, b"")
+        digest = hmac.digest(self._identity, repr(sorted(held)).encode(), "sha256")
+        return Asker(digest[:16].hex(), digest[16:])
 
     def selecting(self, headers: Headers, names: Iterable[str]) -> dict[str, str]:
         """The request fields ``names`` as they may be stored and sent; a field that is absent is left out."""

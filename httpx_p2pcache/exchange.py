@@ -35,7 +35,7 @@ import hishel
 
 from httpx_p2pcache.answers import Answer, Effect, Reply, Run, Send, Wait, Way, caching
 from httpx_p2pcache.claims import Flights
-from httpx_p2pcache.entries import ANONYMOUS, Keyring, cache_key, carries_credentials, resolved_url, same_origin
+from httpx_p2pcache.entries import ANONYMOUS, Asker, Keyring, cache_key, carries_credentials, resolved_url, same_origin
 from httpx_p2pcache.freshness import directives
 from httpx_p2pcache.github import GitHub, endpoint
 from httpx_p2pcache.keep import Keep
@@ -109,18 +109,18 @@ class Exchange:
             return None
         found = self.store.peek(cache_key(request.url))
         seen = self.github.seen(request)
-        answer = self.fresh(seen, self.keyring.identity(seen), found) if found else None
+        answer = self.fresh(seen, self.keyring.asker(seen), found) if found else None
         if answer is not None:
             self.stats.add("requests", endpoint=endpoint(request.method, request.url))
         return answer
 
-    def fresh(self, request: hishel.Request, identity: str, found: list[Stored]) -> Answer | None:
+    def fresh(self, request: hishel.Request, asker: Asker, found: list[Stored]) -> Answer | None:
         """The newest of ``found`` that a plain request (as :meth:`GitHub.seen`) may have without validation."""
         now, best, value_of = time.time(), None, self.value_of(request)
         for stored in found:
             if (
                 stored.fresh(now)
-                and self.may_use(stored, identity)
+                and self.may_use(stored, asker)
                 and stored.matches(request.method, value_of)
                 and (best is None or stored.entry.age(now) < best.entry.age(now))
             ):
@@ -186,7 +186,7 @@ class Exchange:
     def note_quota(self, request: hishel.Request, reply: Reply) -> None:
         """What the origin says of its limits goes on the board, and to the fleet."""
         if self.github.follows(request.url):
-            identity = self.keyring.identity(self.github.seen(request))
+            identity = self.keyring.asker(self.github.seen(request)).identity
             quota = self.quotas.note(identity, request.url, reply.status, reply.headers, time.time())
             if quota is not None:
                 self.network.tell_quota(quota)
@@ -207,14 +207,14 @@ class Exchange:
     def value_of(self, request: hishel.Request) -> Callable[[str], str | None]:
         return partial(self.keyring.selecting_value, request.headers)
 
-    def may_use(self, stored: Stored, identity: str) -> bool:
-        """Whether ``identity`` may have the entry as it is. Where a proof is to be had for free, it is asked for."""
-        if stored.entry.identity == identity:
+    def may_use(self, stored: Stored, asker: Asker) -> bool:
+        """Whether ``asker`` may have the entry as it is. Where a proof is to be had for free, it is asked for."""
+        if stored.made_by(asker):
             return True
         control = stored.control  # RFC 9111 §3.5; what is for shared caches only, we do not weigh
         if "public" not in control or "s-maxage" in control or "proxy-revalidate" in control:
             return False
-        return identity == ANONYMOUS or not self.github.follows(stored.entry.url)
+        return asker.identity == ANONYMOUS or not self.github.follows(stored.entry.url)
 
 
 def _answers_get(request: hishel.Request, reply: Reply) -> bool:

@@ -45,6 +45,7 @@ class Keep:
             entry = self._lookup.entry(self._reply, b"".join(self._chunks), self._sent)
             if entry.status == 206:
                 part = parts.combined(entry, [stored.entry for stored in self._lookup.parts])
+                part = part and self._lookup.asker.vouch(part)
                 if part is None or part.method == parts.PART:
                     if part is not None:
                         exchange.store.save(part, since=self._sent)

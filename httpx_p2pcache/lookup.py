@@ -37,7 +37,7 @@ from httpx_p2pcache.freshness import (
 from httpx_p2pcache.github import adopted, endpoint, may_have_grown
 from httpx_p2pcache.keep import Keep
 from httpx_p2pcache.lease import Lease
-from httpx_p2pcache.network import MAX_SELECTED, MAX_SELECTING, Awaited, FleetClaim, Found, Question
+from httpx_p2pcache.network import Awaited, FleetClaim, Found, Question, may_select
 from httpx_p2pcache.parts import PART
 from httpx_p2pcache.quota import refuses
 from httpx_p2pcache.stored import Stored
@@ -80,7 +80,7 @@ class Lookup:
         self.wishes = wishes
         self.key = cache_key(request.url)
         self.seen = exchange.github.seen(request)
-        self.identity = exchange.keyring.identity(self.seen)
+        self.asker = exchange.keyring.asker(self.seen)
         self.shown = machine_request(request)
         self.pooled = exchange.github.pools(request.method, request.url)
         self.shared = exchange.github.shares(request.method, request.url, request.headers)
@@ -92,13 +92,13 @@ class Lookup:
     def way(self, caller: Hashable) -> Way:
         exchange = self.exchange
         # Where every identity can use the answer in some way, the whole fleet waits for one fetch.
-        claim = claim_key(self.request, "" if self.pooled else self.identity)
+        claim = claim_key(self.request, "" if self.pooled else self.asker.identity)
         lease = Lease(exchange, self.key, claim)
         source = "local"
         try:
             if SPECIAL.isdisjoint(self.request.headers):
                 found = yield Run(partial(exchange.store.load, self.key))
-                answer = exchange.fresh(self.seen, self.identity, found)
+                answer = exchange.fresh(self.seen, self.asker, found)
                 if answer is not None:
                     return answer
             state = yield from self._look()
@@ -150,9 +150,9 @@ class Lookup:
         self.held = [
             stored
             for stored in found
-            if exchange.may_use(stored, self.identity) and stored.matches(self.request.method, value_of)
+            if exchange.may_use(stored, self.asker) and stored.matches(self.request.method, value_of)
         ]
-        self.parts = [s for s in found if exchange.may_use(s, self.identity) and s.matches(PART, value_of)]
+        self.parts = [s for s in found if exchange.may_use(s, self.asker) and s.matches(PART, value_of)]
         ttl = exchange.settings.default_ttl
         method, wishes = self.request.method, self.wishes
         shown = [machine_entry(stored.entry, method, stored.id, wishes, now, ttl) for stored in self.held]
@@ -256,13 +256,13 @@ class Lookup:
             return False
         names = [name for name in self.request.headers if name not in _UNSELECTIVE]
         selecting = exchange.keyring.selecting(self.seen.headers, names)
-        if len(selecting) > MAX_SELECTING or any(len(t) > MAX_SELECTED for one in selecting.items() for t in one):
+        if not may_select(selecting):
             return False
         question = Question(
             key=self.key,
             claim=lease.claim,
             method=self.request.method,
-            identity=self.identity,
+            identity=self.asker.identity,
             selecting=selecting,
             holds=self.held[0].entry.digest if self.held else b"",
             age=self.held[0].entry.age(time.time()) if self.held else 0.0,
@@ -361,7 +361,7 @@ class Lookup:
             yield Run(partial(self._compare_with_head, reply, sent))
         if reply.status in (401, 403, 404, 410) and not refuses(reply.status, reply.headers):
             # This identity may not see it, or it is gone: nothing older is served stale afterwards.
-            yield Run(partial(exchange.store.refuse, self.key, self.identity, since=sent))
+            yield Run(partial(exchange.store.refuse, self.key, self.asker.identity, since=sent))
         keep = None
         # A 202 says "not yet", at GitHub with a lifetime; whoever asks again wants to know whether it is there now.
         storable = isinstance(state, hishel.StoreAndUse) and reply.status != 202
@@ -388,6 +388,7 @@ class Lookup:
         if reply.status == 206 and not _too_large(reply, exchange.settings.max_body_size):
             body = yield Read()
             entry = parts.completed(part.entry, self.entry(reply, body, sent))
+            entry = entry and self.asker.vouch(entry)
         yield Discard()
         if entry is None:
             yield Run(partial(exchange.store.remove, self.key, [part.id]))
@@ -443,9 +444,6 @@ class Lookup:
         stored = self._stored(shown) if other is None else other[0]
         fields = stored.entry.headers if other is None else adopted(stored.entry, other[1])
         entry = self._renewed(stored.entry, fields, reply, sent)
-        entry = msgspec.structs.replace(
-            entry, identity=self.identity, selecting=self.selecting(vary_names(entry.headers))
-        )
         fresh: Stored | None
         if other is None:
             fresh = yield Run(partial(exchange.store.refresh, stored, entry, since=sent))
@@ -467,19 +465,28 @@ class Lookup:
         proven = caching("origin", from_cache=True, revalidated=True)
         return self._viewed(Answer(fresh, None, status, proven, age=entry.initial_age))
 
-    @staticmethod
-    def _renewed(entry: Entry, fields: dict[str, list[str]], reply: Reply, sent: float) -> Entry:
+    def _renewed(self, entry: Entry, fields: dict[str, list[str]], reply: Reply, sent: float) -> Entry:
         """``entry`` with ``fields``, and the times, as a reply that proves it right has renewed them (§3.2)."""
         now = time.time()
         headers = freshened(fields, reply.headers)
         if "date" not in reply.headers:
             headers["date"] = [formatdate(now, usegmt=True)]  # RFC 9110 §6.6.1: the old one is not the reply's
         age = initial_age(storable_fields(reply.headers), sent, now)
-        return msgspec.structs.replace(entry, headers=headers, initial_age=age, received=now)
+        selecting = self.selecting(vary_names(headers))
+        return self.asker.vouch(
+            msgspec.structs.replace(
+                entry,
+                identity=self.asker.identity,
+                selecting=selecting,
+                headers=headers,
+                initial_age=age,
+                received=now,
+            )
+        )
 
     def _is_refused(self, now: float) -> bool:
         github, quotas = self.exchange.github, self.exchange.quotas
-        return github.follows(self.request.url) and quotas.refused(self.identity, self.request.url, now)
+        return github.follows(self.request.url) and quotas.refused(self.asker.identity, self.request.url, now)
 
     def _stale(self, cause: str) -> Answer | None:
         """Step 7: a stale entry that may stand in for an origin that fails (RFC 5861 §4), or None."""
@@ -514,10 +521,10 @@ class Lookup:
         now = time.time()
         headers = storable_fields(reply.headers)
         headers.setdefault("date", [formatdate(now, usegmt=True)])  # RFC 9110 §6.6.1
-        return Entry(
+        entry = Entry(
             method=self.request.method,
             url=self.request.url,
-            identity=self.identity,
+            identity=self.asker.identity,
             selecting=self.selecting(vary_names(headers)),
             status=reply.status,
             headers=headers,
@@ -526,6 +533,7 @@ class Lookup:
             initial_age=initial_age(headers, sent, now),
             received=now,
         )
+        return self.asker.vouch(entry)
 
     def selecting(self, names: list[str]) -> dict[str, str]:
         """This request's fields of these names, as they may be stored."""

@@ -17,10 +17,13 @@ from httpx_p2pcache.entries import Digest, Entry
 from httpx_p2pcache.quota import Quota
 
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
-MAX_SELECTING = 100  # fields of a request that may be sent in a question ...
-MAX_SELECTED = 8192  # ... and the characters that one of them may have
-Selected = Annotated[str, Meta(max_length=MAX_SELECTED)]
+MAX_SELECTING = 8 * 1024  # characters of a request's fields that are sent in a question: many times what is usual
 ClaimKey = Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+def may_select(fields: dict[str, str]) -> bool:
+    """Whether a question may have so many and so large fields. It is kept for as long as its asker waits."""
+    return len(fields) <= 100 and sum(len(name) + len(value) for name, value in fields.items()) <= MAX_SELECTING
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -35,10 +38,14 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     claim: ClaimKey
     method: Annotated[str, Meta(max_length=16)]
     identity: Digest
-    selecting: Annotated[dict[Selected, Selected], Meta(max_length=MAX_SELECTING)]
+    selecting: Annotated[dict[str, str], Meta(max_length=100)]
     holds: Annotated[bytes, Meta(max_length=16)] = b""
     age: Annotated[float, Meta(ge=0)] = 0.0
     any_identity: bool = False
+
+    def __post_init__(self) -> None:
+        if not may_select(self.selecting):
+            raise ValueError("a question with too many or too large fields")
 
 
 @dataclass(frozen=True)

@@ -407,7 +407,7 @@ def _size(found: list[Stored]) -> int:
 
 
 def _to_hishel(entry: Entry) -> tuple[hishel.Request, hishel.Response]:
-    meta = [entry.identity, repr(entry.initial_age), repr(entry.received)]
+    meta = [entry.identity, repr(entry.initial_age), repr(entry.received), entry.voucher.hex()]
     headers = Headers({**entry.headers, _META: meta})
     request = hishel.Request(entry.method, entry.url, Headers(dict(entry.selecting)))
     return request, hishel.Response(entry.status, headers, iter([entry.body]))
@@ -415,7 +415,7 @@ def _to_hishel(entry: Entry) -> tuple[hishel.Request, hishel.Response]:
 
 def _from_hishel(row: hishel.Entry) -> Entry:
     headers = {name: row.response.headers.get_list(name) or [] for name in row.response.headers}
-    identity, initial_age, received = headers.pop(_META)
+    identity, initial_age, received, *voucher = headers.pop(_META)
     stream = row.response.stream
     assert isinstance(stream, Iterator)
     body = b"".join(stream)
@@ -430,4 +430,5 @@ def _from_hishel(row: hishel.Entry) -> Entry:
         digest=body_digest(body),
         initial_age=float(initial_age),
         received=float(received),
+        voucher=bytes.fromhex(voucher[0] if voucher else ""),
     )

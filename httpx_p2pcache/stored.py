@@ -6,7 +6,7 @@ import math
 import uuid
 from collections.abc import Callable
 
-from httpx_p2pcache.entries import Entry, is_credential
+from httpx_p2pcache.entries import Asker, Entry, is_credential
 from httpx_p2pcache.freshness import directives, lifetime, vary_names
 
 
@@ -35,6 +35,15 @@ class Stored:
             if name != "age"
             for line in lines
         ]
+
+    def made_by(self, asker: Asker) -> bool:
+        """Whether it was fetched by one who asks as this one does. Whether that was so is found out once."""
+        if self.entry.identity != asker.identity:
+            return False
+        made = self.memo.get("made")
+        if made is None:
+            made = self.memo["made"] = asker.made(self.entry)
+        return made is True
 
     def matches(self, method: str, value_of: Callable[[str], str | None], *, any_identity: bool = False) -> bool:
         """Whether a request selects this representation (RFC 9111 §4 and §4.1); ``*`` never matches.

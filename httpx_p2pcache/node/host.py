@@ -138,7 +138,12 @@ class Host:
 
         async def upgrade(raw: Any, *arguments: Any) -> Any:
             self._raw.add(raw)
-            return await outbound(raw, *arguments)
+            try:
+                return await outbound(raw, *arguments)
+            except BaseException:  # of a peer that is another than was dialled the swarm leaves the socket open
+                with trio.CancelScope(shield=True), trio.move_on_after(0.1):
+                    await raw.close()
+                raise
 
         self._swarm.upgrade_inbound_raw_conn = upgrade_and_stay
         self._swarm.upgrade_outbound_raw_conn = upgrade

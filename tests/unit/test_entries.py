@@ -95,7 +95,7 @@ def test_requests_for_the_same_thing_share_a_claim_of_16_bytes() -> None:
 @given(st.sampled_from(CREDENTIALS), tokens, tokens)
 @many
 def test_two_requests_have_one_identity_exactly_when_their_credentials_agree(field: str, a: str, b: str) -> None:
-    ours, theirs = (KEYRING.identity(a_request(**{field: token})) for token in (a, b))
+    ours, theirs = (KEYRING.asker(a_request(**{field: token})).identity for token in (a, b))
     assert (ours == theirs) == (a == b)
     assert len(ours) == 32
     assert set(ours) <= set(string.hexdigits)
@@ -105,9 +105,7 @@ def test_two_requests_have_one_identity_exactly_when_their_credentials_agree(fie
 @few
 def test_nothing_of_a_token_appears_in_what_is_made_of_it(token: str, field: str) -> None:
     request = a_request(**{field: f"Bearer {token}", "accept": "text/plain"})
-    entry = an_entry(
-        identity=KEYRING.identity(request), selecting=KEYRING.selecting(request.headers, [field, "accept"])
-    )
+    entry = an_entry(identity=KEYRING.asker(request), selecting=KEYRING.selecting(request.headers, [field, "accept"]))
     stored = msgspec.msgpack.encode(entry)
     for made in (stored, KEYRING.seal_entry(entry), repr(entry).encode(), repr(KEYRING).encode()):
         for at in range(len(token) - 11):
@@ -115,37 +113,59 @@ def test_nothing_of_a_token_appears_in_what_is_made_of_it(token: str, field: str
 
 
 def test_a_request_without_credentials_is_anonymous() -> None:
-    assert KEYRING.identity(a_request(accept="*/*", user_agent="x", x_requested_with="y")) == ANONYMOUS == ""
+    assert KEYRING.asker(a_request(accept="*/*", user_agent="x", x_requested_with="y")).identity == ANONYMOUS == ""
 
 
 @pytest.mark.parametrize("field", CREDENTIALS)
 def test_every_credential_counts(field: str) -> None:
-    assert KEYRING.identity(a_request(**{field: "x"})) != ANONYMOUS
+    assert KEYRING.asker(a_request(**{field: "x"})).identity != ANONYMOUS
 
 
 def test_an_identity_does_not_depend_on_order_or_case_of_the_names() -> None:
-    ours = KEYRING.identity(a_request(authorization="a", cookie="b", accept="c"))
-    assert KEYRING.identity(a_request(Cookie="b", AUTHORIZATION="a")) == ours
+    ours = KEYRING.asker(a_request(authorization="a", cookie="b", accept="c")).identity
+    assert KEYRING.asker(a_request(Cookie="b", AUTHORIZATION="a")).identity == ours
 
 
 def test_one_credential_is_not_taken_for_another() -> None:
     identities = {
-        KEYRING.identity(a_request(authorization="a")),
-        KEYRING.identity(a_request(cookie="a")),
-        KEYRING.identity(a_request(authorization="a", cookie="a")),
-        KEYRING.identity(a_request(authorization=["a", "a"])),
-        KEYRING.identity(a_request(authorization="token a")),
-        KEYRING.identity(a_request(authorization="Bearer a")),
+        KEYRING.asker(a_request(authorization="a")).identity,
+        KEYRING.asker(a_request(cookie="a")).identity,
+        KEYRING.asker(a_request(authorization="a", cookie="a")).identity,
+        KEYRING.asker(a_request(authorization=["a", "a"])).identity,
+        KEYRING.asker(a_request(authorization="token a")).identity,
+        KEYRING.asker(a_request(authorization="Bearer a")).identity,
     }
     assert len(identities) == 6
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"body": b"forged", "digest": body_digest(b"forged")}, id="body"),
+        pytest.param({"headers": {"cache-control": ["private, max-age=99"]}}, id="fields"),
+        pytest.param({"status": 404}, id="status"),
+        pytest.param({"selecting": {"accept": "text/html"}}, id="selecting"),
+        pytest.param({"url": "https://api.github.com/user"}, id="url"),
+        pytest.param({"method": "HEAD"}, id="method"),
+        pytest.param({"voucher": b""}, id="no-voucher"),
+        pytest.param({"voucher": bytes(16)}, id="another-voucher"),
+    ],
+)
+def test_only_who_holds_the_credentials_can_vouch_for_an_entry(changes: dict[str, object]) -> None:
+    ours, theirs = (KEYRING.asker(a_request(authorization=token)) for token in ("Bearer a", "Bearer b"))
+    entry = ours.vouch(an_entry(identity=ours.identity))
+    assert ours.made(entry)
+    assert not ours.made(msgspec.structs.replace(entry, **changes))
+    assert not ours.made(theirs.vouch(entry))
+    assert ours.key not in msgspec.msgpack.encode(entry)
+
+
 def test_members_of_one_fleet_agree_on_an_identity_and_of_another_do_not() -> None:
     request = a_request(authorization="Bearer x")
-    ours = Keyring(b"secret", "repo").identity(request)
-    assert Keyring(b"secret", "repo").identity(request) == ours
-    assert Keyring(b"secret", "other").identity(request) != ours
-    assert Keyring(b"Secret", "repo").identity(request) != ours
+    ours = Keyring(b"secret", "repo").asker(request).identity
+    assert Keyring(b"secret", "repo").asker(request).identity == ours
+    assert Keyring(b"secret", "other").asker(request).identity != ours
+    assert Keyring(b"Secret", "repo").asker(request).identity != ours
 
 
 @given(st.binary(min_size=1, max_size=100), st.text(min_size=1, max_size=50))

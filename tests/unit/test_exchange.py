@@ -130,20 +130,20 @@ def test_the_hot_path_answers_only_what_the_machine_would_and_with_the_same_entr
         asked = a_request(url=request.url, **changes.pop("asked"))  # type: ignore[arg-type] # str to str
         headers = changes["headers"]
         assert isinstance(headers, dict)
-        exchange.store.save(
-            an_entry(
-                **changes,
-                url=request.url,
-                identity=keyring.identity(asked),
-                selecting=keyring.selecting(asked.headers, vary_names(headers)),
-                body=b"%d" % next(numbers),
-            )
+        asker = keyring.asker(asked)
+        entry = an_entry(
+            **changes,
+            url=request.url,
+            identity=asker.identity,
+            selecting=keyring.selecting(asked.headers, vary_names(headers)),
+            body=b"%d" % next(numbers),
         )
+        exchange.store.save(asker.vouch(entry))
     held = [stored.entry for stored in exchange.store.load(cache_key(request.url))]
     usable = [
         entry
         for entry in held
-        if (entry.identity == keyring.identity(request) or for_all(entry))
+        if (entry.identity == keyring.asker(request).identity or for_all(entry))
         and (entry.method == method or (method, entry.method) == ("HEAD", "GET"))
         and all(
             name != "*" and keyring.selecting_value(request.headers, name) == entry.selecting.get(name)

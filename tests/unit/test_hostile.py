@@ -84,13 +84,21 @@ def test_the_addresses_of_a_member_that_is_told_of_are_as_few_as_those_of_the_on
         unpack(pack(Introduce([], "host", many, 0, True))[4:])
 
 
-def test_a_question_is_not_larger_than_the_fields_of_a_request_can_be() -> None:
+@pytest.mark.parametrize(
+    "selecting",
+    [
+        pytest.param({"accept": "x" * 1_000_000}, id="a-value-of-a-megabyte"),
+        pytest.param({str(number): "" for number in range(101)}, id="too-many"),
+    ],
+)
+def test_a_question_is_not_larger_than_the_fields_of_a_request_can_be(selecting: dict[str, str]) -> None:
     """It is kept as long as its asker waits: what a member may say here, it may have us keep."""
-    question = Question(
-        key=bytes(32), claim=bytes(16), method="GET", identity="", selecting={"accept": "x" * 1_000_000}
-    )
+    question = Question(key=bytes(32), claim=bytes(16), method="GET", identity="", selecting={"accept": "*/*"})
+    frame = msgspec.msgpack.decode(msgspec.msgpack.encode(Ask(1, question)))
+    assert unpack(msgspec.msgpack.encode(frame)) == Ask(1, question)
+    frame[2][4] = selecting
     with pytest.raises(Rejected):
-        unpack(pack(Ask(1, question))[4:])
+        unpack(msgspec.msgpack.encode(frame))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
