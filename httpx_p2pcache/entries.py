@@ -29,6 +29,7 @@ from httpx_p2pcache.settings import Settings
 
 PROTOCOL = b"httpx-p2pcache/1"
 ANONYMOUS = ""
+MAX_URL = 16_384  # characters; what is longer is not cached
 EVERYONE = "f1ee7" + 27 * "0"  # the one identity of a fleet that is one user by declaration
 
 _NAMES_OF_SECRETS = r"auth(?!ors?\b)|token|secret|passw|signature|api_?key|credential|session|jwt|assertion|bearer"
@@ -75,7 +76,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """
 
     method: Annotated[str, Meta(min_length=1, max_length=16)]
-    url: Annotated[str, Meta(min_length=8, max_length=16384)]
+    url: Annotated[str, Meta(min_length=8, max_length=MAX_URL)]
     identity: Digest
     selecting: dict[str, str]
     status: Annotated[int, Meta(ge=200, le=599)]

@@ -35,7 +35,16 @@ import hishel
 
 from httpx_p2pcache.answers import Answer, Effect, Reply, Run, Send, Wait, Way, caching
 from httpx_p2pcache.claims import Flights
-from httpx_p2pcache.entries import ANONYMOUS, Asker, Keyring, cache_key, carries_credentials, resolved_url, same_origin
+from httpx_p2pcache.entries import (
+    ANONYMOUS,
+    MAX_URL,
+    Asker,
+    Keyring,
+    cache_key,
+    carries_credentials,
+    resolved_url,
+    same_origin,
+)
 from httpx_p2pcache.freshness import directives
 from httpx_p2pcache.github import GitHub, endpoint
 from httpx_p2pcache.keep import Keep
@@ -143,6 +152,7 @@ class Exchange:
             "no-store" in wishes  # §5.2.1.5: nothing of this exchange is stored
             or not FOR_THE_ORIGIN.isdisjoint(request.headers)
             or request.headers.get("content-length", "0") != "0"
+            or len(request.url) > MAX_URL
             or carries_credentials(request.url)
         ):
             return (yield from self.pass_by(request, "bypass"))

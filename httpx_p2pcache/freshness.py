@@ -110,7 +110,7 @@ def initial_age(headers: Mapping[str, list[str]], sent: float, received: float) 
     apparent_age = max(0.0, received - date) if date is not None else 0.0
     # Date has whole seconds: one of the second in which the request was sent says nothing of an age.
     apparent_age = apparent_age if apparent_age >= 1 + delay else 0.0
-    return max(apparent_age, age_value + delay)
+    return min(max(apparent_age, age_value + delay), _LONGEST)
 
 
 def lifetime(entry: Entry, default_ttl: float) -> float | None:

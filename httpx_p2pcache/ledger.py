@@ -8,7 +8,6 @@ killed takes at most its last second with it.
 from __future__ import annotations
 
 import logging
-import os
 import sqlite3
 import threading
 import time
@@ -16,6 +15,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from httpx_p2pcache.files import private_file
 from httpx_p2pcache.stats import Counts, Stats
 
 logger = logging.getLogger("httpx_p2pcache")
@@ -145,9 +145,7 @@ class Ledger:
     def _open(self) -> sqlite3.Connection:
         # Opened for each use: it is written once a second at the most, and nothing is open across a fork.
         new = not self._path.exists()
-        if new:
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600))
-        connection = sqlite3.connect(self._path, isolation_level=None, timeout=BUSY_SECONDS)
+        connection = sqlite3.connect(private_file(self._path), isolation_level=None, timeout=BUSY_SECONDS)
         try:
             if new or connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
                 connection.executescript(f"PRAGMA journal_mode=WAL; BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")

@@ -35,15 +35,22 @@ class Origins:
         self._lock = threading.Lock()
         self._sync: dict[str | None, Any] = {}
         self._async: dict[str | None, Any] = {}
-        self._context: Future[ssl.SSLContext] = Future()
-        self._loader = threading.Thread(target=self._load, name="p2pcache-ssl", daemon=True)
+        self._prepare_to_load()
         if at_once:
             self._loader.start()
+
+    def _prepare_to_load(self) -> None:
+        self._context: Future[ssl.SSLContext] = Future()
+        self._loader = threading.Thread(target=self._load, name="p2pcache-ssl", daemon=True)
 
     def _loaded(self) -> ssl.SSLContext:
         if self._loader.ident is None:
             self._loader.start()
-        return self._context.result()
+        try:
+            return self._context.result()
+        except Exception:
+            self._prepare_to_load()  # the next request tries again
+            raise
 
     def _load(self) -> None:
         try:

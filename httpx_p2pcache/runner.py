@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exchange import Exchange
+from httpx_p2pcache.files import local_secret
 from httpx_p2pcache.github import GitHub
 from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.network import NoPeers, PeerNetwork
@@ -20,7 +21,7 @@ from httpx_p2pcache.pump import wait_for
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats, aggregate, summary
-from httpx_p2pcache.store import Store, local_secret
+from httpx_p2pcache.store import Store
 
 logger = logging.getLogger("httpx_p2pcache")
 

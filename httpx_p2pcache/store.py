@@ -9,10 +9,10 @@ one whose name no field can have, ``:p2pcache``, with identity, initial age, tim
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
-import secrets
 import sqlite3
 import threading
 import time
@@ -28,6 +28,7 @@ import hishel
 from hishel import Headers, SqliteStorage
 
 from httpx_p2pcache.entries import Entry, body_digest, cache_key
+from httpx_p2pcache.files import private_directory, private_file
 from httpx_p2pcache.stored import Stored, same_place
 
 logger = logging.getLogger("httpx_p2pcache")
@@ -56,7 +57,7 @@ class Store:
         self, directory: Path, *, max_size: int, default_ttl: float, any_coding: Callable[[str], bool] = lambda _: False
     ) -> None:
         self._any_coding = any_coding
-        self._directory = directory
+        self.directory = directory
         self._max_size = max_size
         self._default_ttl = default_ttl
         self._lock = threading.RLock()
@@ -66,6 +67,7 @@ class Store:
         self._memory: OrderedDict[bytes, list[Stored]] = OrderedDict()
         self._memory_bytes = 0
         self._tombstones: OrderedDict[tuple[bytes, str], float] = OrderedDict()
+        self.complained = False
         _stores.add(self)
 
     def peek(self, key: bytes) -> list[Stored] | None:
@@ -127,7 +129,7 @@ class Store:
         ``since`` is when the origin was asked, if that is known, else when the response was received.
         """
         key = cache_key(entry.url)
-        with self._lock:
+        with self._writing():
             storage = self._open()
             if self._is_void(key, entry.identity, entry.received if since is None else since):
                 return None
@@ -151,7 +153,7 @@ class Store:
         None if it was invalidated after ``since``, when the origin was asked.
         """
         key = cache_key(entry.url)
-        with self._lock:
+        with self._writing():
             storage = self._open()
             if self._is_void(key, entry.identity, since):
                 return None
@@ -174,7 +176,7 @@ class Store:
 
     def remove(self, key: bytes, ids: Collection[uuid.UUID]) -> None:
         """Remove single entries of a key."""
-        with self._lock:
+        with self._writing():
             storage = self._open()
             for id_ in ids:
                 storage.remove_entry(id_)
@@ -184,7 +186,7 @@ class Store:
     def invalidate(self, keys: list[bytes]) -> None:
         """Remove every entry of these keys, whoever's (RFC 9111 §4.4), and refuse older ones that still arrive."""
         now = time.time()
-        with self._lock:
+        with self._writing():
             storage = self._open()
             for key in keys:
                 for stored in self.load(key):
@@ -260,6 +262,15 @@ class Store:
         while next(iter(self._tombstones.values())) < now - TOMBSTONE_SECONDS or len(self._tombstones) > MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._lock:
+            _at_work.store = self
+            try:
+                yield
+            finally:
+                _at_work.store = None
+
     def _forget(self) -> None:
         self._memory.clear()
         self._memory_bytes = 0
@@ -280,12 +291,12 @@ class Store:
             if self._storage is not None:
                 return self._storage
             try:
-                self._use(_connect(self._directory))
+                self._use(_connect(self.directory))
             except (sqlite3.DatabaseError, RuntimeError) as exc:
                 if isinstance(exc, sqlite3.OperationalError) or not self._move_aside():
                     self._use_memory(exc)
                 else:
-                    self._use(_connect(self._directory))
+                    self._use(_connect(self.directory))
             except OSError as exc:
                 self._use_memory(exc)
             assert self._storage is not None
@@ -310,13 +321,13 @@ class Store:
         logger.warning(
             "CACHE_DIR %s cannot be used (%s): entries are kept in memory for this process only. "
             "Set CACHE_DIR to a directory you can write.",
-            self._directory,
+            self.directory,
             exc,
         )
         self._use(sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None))
 
     def _move_aside(self) -> bool:
-        path = self._directory / _FILE
+        path = self.directory / _FILE
         aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
         try:
             for suffix in ("-wal", "-shm"):
@@ -367,38 +378,25 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-def local_secret(directory: Path) -> bytes:
-    """32 random bytes that this runner keeps for itself, for identities where there is no fleet's secret."""
-    path = directory / "local.key"
-    try:
-        _private_directory(directory)
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            pass
-        else:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(secrets.token_bytes(32))
-        found = path.read_bytes()
-        if len(found) == 32:
-            return found
-    except OSError:
-        pass
-    return secrets.token_bytes(32)  # a store in memory needs no more than a process's own
-
-
-def _private_directory(directory: Path) -> None:
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if directory.stat().st_uid == os.getuid() and directory.stat().st_mode & 0o077:
-        directory.chmod(0o700)
-
-
 def _connect(directory: Path) -> sqlite3.Connection:
-    _private_directory(directory)
-    path = directory / _FILE
-    # SQLite gives -wal and -shm the mode of the database itself.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600))
-    return sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5)
+    private_directory(directory)
+    path = private_file(directory / _FILE)  # SQLite gives -wal and -shm the mode of the database itself
+    return sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=BUSY_MS / 1000)
+
+
+class _SaidOnce(logging.Filter):
+    """hishel says of every entry that it cannot write, with a traceback: of ours, once is enough."""
+
+    def filter(self, record: logging.LogRecord) -> bool:  # noqa: ARG002 - the contract's signature
+        store = getattr(_at_work, "store", None)
+        if store is not None and not store.complained:
+            store.complained = True
+            logger.warning("the store in %s cannot be written: what it cannot keep is not cached", store.directory)
+        return store is None
+
+
+_at_work = threading.local()
+logging.getLogger("hishel._core._storages._sync_sqlite").addFilter(_SaidOnce())
 
 
 def _size(found: list[Stored]) -> int:

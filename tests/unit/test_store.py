@@ -22,7 +22,8 @@ from made import URL, an_entry, said
 
 from httpx_p2pcache import store as store_module
 from httpx_p2pcache.entries import Entry, cache_key
-from httpx_p2pcache.store import Store, local_secret
+from httpx_p2pcache.files import local_secret
+from httpx_p2pcache.store import Store
 
 KEY = cache_key(URL)
 ME, YOU = "a" * 32, "b" * 32

@@ -43,6 +43,7 @@ from httpx_p2pcache.sockets import connect
 logger = logging.getLogger("httpx_p2pcache")
 
 ATTACH_SECONDS = 0.1  # what constructing a transport waits for a daemon that is there but busy
+GREETING_SECONDS = 1.0  # for the whole of a greeting that has begun
 RETRY_SECONDS = 0.5  # between two looks for a daemon that has gone
 FLUSH_SECONDS = 1.5  # for what was published last, when we close
 MAX_BACKLOG = 64 * 1024**2  # bytes that a daemon may leave unread before it is given up
@@ -90,11 +91,14 @@ class DaemonNode:
             self._backlog, self._draining = [], False
         self._send(Attach(VERSION, self._label))
         try:
-            connection.recv(1, socket.MSG_PEEK)
-            connection.settimeout(None)
+            try:
+                connection.recv(1, socket.MSG_PEEK)
+            except TimeoutError:
+                connection.settimeout(None)  # it is there, and busy: whoever listens will hear of it
+                return
+            connection.settimeout(GREETING_SECONDS)  # whoever has begun to speak goes on
             self._heard(_read(connection, self._largest + FRAME_OVERHEAD))
-        except TimeoutError:
-            connection.settimeout(None)  # it is there, and busy: whoever listens will hear of it
+            connection.settimeout(None)
         except EOFError as exc:
             self._lose(connection)
             raise ConnectionResetError("the daemon has closed the connection") from exc

@@ -10,6 +10,7 @@ a clean end; who finds one of the own fleet that is older removes it. What other
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -61,7 +62,8 @@ class Registry:
             if record is None:
                 continue
             if self._is_old(entry, record, now):
-                Path(entry.path).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it may be another user's
+                    Path(entry.path).unlink()
                 continue
             found.append(record.sighting(host, "registry"))
         return found
