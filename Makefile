@@ -33,7 +33,7 @@ demo: $(READY) ## five runners share what one has paid for (RUNNERS=, URLS=, HAR
 	@$(BIN)/p2pcache demo --runners $(RUNNERS) --urls $(URLS) $(if $(HAR),--har $(HAR)) $(if $(OWN_TOKENS),--own-tokens)
 
 test: $(READY) lint typecheck ## lint, types and every test
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 3 --dist loadfile
 
 simulate: $(READY) ## ten thousand schedules of the simulated fleet (SCHEDULES=)
 	@SCHEDULES=$(or $(SCHEDULES),10000) $(BIN)/python -m pytest --timeout 3600 tests/simulation

@@ -9,13 +9,14 @@ import sys
 import time
 from typing import Any
 
-from benchmarks import adapters, daemon, faults, fleet, hit, start
+from benchmarks import adapters, daemon, faults, finding, fleet, hit, start
 
 BENCHMARKS = {
     "hit": hit.run,
     "start": start.run,
     "fleet": fleet.run,
     "faults": faults.run,
+    "finding": finding.run,
     "daemon": daemon.run,
     "adapters": adapters.run,
 }

@@ -13,6 +13,8 @@ A key is in one of three states, and this is all that can happen to it::
     claimed ──release(ABANDONED), holder lost, ``ends`` passed──> claimed by the first who waits; nobody waits: free
     open ──its time passes──> free
 
+A claim that a former home has granted is *adopted*: its claimant tells the key's new home of it.
+
 Why nobody waits for ever: a claim has an end, whoever expires it passes it on, and each wait has a deadline of its own
 besides. Why no two tables can wait for each other: a flight waits for its leader, a leader waits for a home, and a home
 never waits for anybody (groupcache forks met a distributed deadlock where owners forwarded to each other).

@@ -19,7 +19,7 @@ from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.network import NoPeers, PeerNetwork
 from httpx_p2pcache.pump import wait_for
 from httpx_p2pcache.quota import QuotaBoard
-from httpx_p2pcache.settings import Settings
+from httpx_p2pcache.settings import ADVICE, SECRETS, Settings, can_be_guessed, variable
 from httpx_p2pcache.stats import Stats, aggregate, summary
 from httpx_p2pcache.store import Store
 
@@ -136,7 +136,13 @@ def _start(settings: Settings) -> Exchange:
     stats = Stats()
     github = GitHub(settings, stats)
     quotas = QuotaBoard()
-    store = Store(settings.dir, max_size=settings.max_size, default_ttl=settings.default_ttl, any_coding=github.follows)
+    store = Store(
+        settings.dir,
+        max_size=settings.max_size,
+        default_ttl=settings.default_ttl,
+        any_coding=github.follows,
+        sealing=keyring if settings.encrypt_at_rest else None,
+    )
     network = _network(settings, store, keyring, stats, quotas)
     ledger = Ledger(settings.dir)
     ledger.follow(stats)
@@ -150,6 +156,10 @@ def _network(settings: Settings, store: Store, keyring: Keyring, stats: Stats, q
     if not settings.shared_secret:
         say_once("sharing with other runners is off, as there is no secret: set CACHE_SHARED_SECRET (or GITHUB_TOKEN)")
         return NoPeers()
+    for name in SECRETS:
+        if getattr(settings, name) and can_be_guessed(getattr(settings, name)):
+            say_once("sharing with other runners is off: %s can be guessed. %s", variable(name), ADVICE)
+            return NoPeers()
     from httpx_p2pcache.node import start  # neither libp2p nor trio is imported by this
 
     return start(settings, store, keyring, stats, quotas, say_once)

@@ -78,6 +78,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(title="how stale an entry may be when the origin fails; default: 86400 for GitHub"),
     ] = None
     dir: Annotated[Path, Meta(description="a path", title="where entries are stored")] = Path("~/.cache/github_cli")
+    encrypt_at_rest: Annotated[Flag, Meta(title="seal the bodies that are stored, with a key made of the secret")] = (
+        False
+    )
     max_size: Annotated[Bytes, Meta(title="size of the store on disk; 0: no limit")] = GIB
     max_body_size: Annotated[Bytes, Meta(title="larger bodies stream through unstored")] = 8 * MIB
     github_hosts: Annotated[Words, Meta(title="hosts, with or without scheme and port, that follow GitHub's rules")] = (
@@ -107,6 +110,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             ipaddress.ip_address(self.listen_host)
         except ValueError:
             raise SettingsError(_complaint("listen_host", self.listen_host)) from None
+        if self.encrypt_at_rest and not self.shared_secret:
+            raise SettingsError("CACHE_ENCRYPT_AT_REST needs CACHE_SHARED_SECRET: the key is made of it")
         if self.peer_registry is None:
             msgspec.structs.force_setattr(self, "peer_registry", self.dir / "peers")
 
@@ -156,7 +161,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return [(name, "…" if name in SECRETS else getattr(self, name)) for name in _SPECS]
 
 
-SECRETS = frozenset({"shared_secret", "previous_secret"})
+SECRETS = ("shared_secret", "previous_secret")
+ADVICE = "Take 32 random characters, as from `openssl rand -hex 16`."
+
+
+def can_be_guessed(secret: str) -> bool:
+    """Whether a secret is one that trying finds: who records how members prove to hold it can try at leisure."""
+    return len(secret) < 16 or len(set(secret)) < 8
 
 
 class _Spec(NamedTuple):

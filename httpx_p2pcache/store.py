@@ -4,7 +4,7 @@ The memory layer holds what was read or written last, decoded and with its decis
 SQLite's ``data_version`` is unchanged, which says in 4 µs whether another process has written; then it is emptied.
 
 What hishel stores for us: the request's selecting fields instead of its header, and beside the response's exact fields
-one whose name no field can have, ``:p2pcache``, with identity, initial age, time of receipt and the body's digest.
+one whose name no field can have, ``:p2pcache``, with the body's form, identity, initial age, time of receipt, voucher.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from typing import Any
 import hishel
 from hishel import Headers, SqliteStorage
 
-from httpx_p2pcache.entries import Entry, body_digest, cache_key
+from httpx_p2pcache.entries import Entry, Keyring, body_digest, cache_key
+from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.files import private_directory, private_file
 from httpx_p2pcache.stored import Stored, same_place
 
@@ -42,20 +43,29 @@ MAX_TOMBSTONES = 100_000
 _EVERYBODY = "*"
 _FILE = "p2pcache-v1.db"
 _META = ":p2pcache"
+_AT_REST = b"at rest "
 
 
 class Store:
     """Entries by cache key. Every method is thread-safe and may touch the disk, except :meth:`peek`.
 
-    ``any_coding`` says of a URL that clients which differ in ``Accept-Encoding`` share its entries where they can.
+    ``any_coding`` says of a URL that clients which differ in ``Accept-Encoding`` share its entries where they can. With
+    ``sealing`` bodies are sealed in the file; what was stored without it, or under another secret, is removed when met.
 
     A store that cannot be used (a directory that cannot be written, a foreign file) is replaced by one in memory, and
     that is said once; a damaged file is moved aside first.
     """
 
     def __init__(
-        self, directory: Path, *, max_size: int, default_ttl: float, any_coding: Callable[[str], bool] = lambda _: False
+        self,
+        directory: Path,
+        *,
+        max_size: int,
+        default_ttl: float,
+        any_coding: Callable[[str], bool] = lambda _: False,
+        sealing: Keyring | None = None,
     ) -> None:
+        self._sealing = sealing
         self._any_coding = any_coding
         self.directory = directory
         self._max_size = max_size
@@ -112,8 +122,8 @@ class Store:
             storage, found = self._open(), []
             for row in storage.get_entries(key.hex()):
                 try:
-                    entry = _from_hishel(row)
-                except (KeyError, ValueError):  # not one of ours
+                    entry = _from_hishel(row, self._sealing)
+                except (KeyError, ValueError, Rejected):  # not one of ours
                     storage.remove_entry(row.id)
                 except (RuntimeError, sqlite3.Error):  # evicted under us
                     continue
@@ -134,7 +144,7 @@ class Store:
             if self._is_void(key, entry.identity, entry.received if since is None else since):
                 return None
             replaced = [s for s in self.load(key) if same_place(s.entry, entry)]
-            request, response = _to_hishel(entry)
+            request, response = _to_hishel(entry, self._sealing)
             created = storage.create_entry(request, response, key.hex())
             stream = created.response.stream
             assert isinstance(stream, Iterator)
@@ -157,8 +167,7 @@ class Store:
             storage = self._open()
             if self._is_void(key, entry.identity, since):
                 return None
-            _, response = _to_hishel(entry)
-            storage.update_headers(stored.id, response.headers)
+            storage.update_headers(stored.id, _fields(entry, self._sealing))
             fresh = self._prepared(stored.id, entry)
             kept = [s for s in self.load(key) if s.id != stored.id]
             self._remember(key, [*kept, fresh])
@@ -404,19 +413,28 @@ def _size(found: list[Stored]) -> int:
     return 512 + sum(2048 + len(stored.entry.body) for stored in found)
 
 
-def _to_hishel(entry: Entry) -> tuple[hishel.Request, hishel.Response]:
-    meta = [entry.identity, repr(entry.initial_age), repr(entry.received), entry.voucher.hex()]
-    headers = Headers({**entry.headers, _META: meta})
+def _to_hishel(entry: Entry, sealing: Keyring | None) -> tuple[hishel.Request, hishel.Response]:
+    body = entry.body if sealing is None else sealing.seal(entry.body, _AT_REST + cache_key(entry.url))
     request = hishel.Request(entry.method, entry.url, Headers(dict(entry.selecting)))
-    return request, hishel.Response(entry.status, headers, iter([entry.body]))
+    return request, hishel.Response(entry.status, _fields(entry, sealing), iter([body]))
 
 
-def _from_hishel(row: hishel.Entry) -> Entry:
+def _fields(entry: Entry, sealing: Keyring | None) -> Headers:
+    form = "plain" if sealing is None else "sealed"
+    meta = [form, entry.identity, repr(entry.initial_age), repr(entry.received), entry.voucher.hex()]
+    return Headers({**entry.headers, _META: meta})
+
+
+def _from_hishel(row: hishel.Entry, sealing: Keyring | None) -> Entry:
     headers = {name: row.response.headers.get_list(name) or [] for name in row.response.headers}
-    identity, initial_age, received, *voucher = headers.pop(_META)
+    form, identity, initial_age, received, voucher = headers.pop(_META)
+    if form != ("plain" if sealing is None else "sealed"):
+        raise Rejected("it was stored with another CACHE_ENCRYPT_AT_REST")
     stream = row.response.stream
     assert isinstance(stream, Iterator)
     body = b"".join(stream)
+    if sealing is not None:
+        body = sealing.open(body, _AT_REST + cache_key(row.request.url))
     return Entry(
         method=row.request.method,
         url=row.request.url,
@@ -428,5 +446,5 @@ def _from_hishel(row: hishel.Entry) -> Entry:
         digest=body_digest(body),
         initial_age=float(initial_age),
         received=float(received),
-        voucher=bytes.fromhex(voucher[0] if voucher else ""),
+        voucher=bytes.fromhex(voucher),
     )

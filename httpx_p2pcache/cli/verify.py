@@ -19,12 +19,11 @@ import typer
 from httpx_p2pcache.cli.show import Json, print_json
 from httpx_p2pcache.daemon import life
 from httpx_p2pcache.exceptions import SettingsError
-from httpx_p2pcache.settings import Settings
+from httpx_p2pcache.settings import ADVICE, Settings, can_be_guessed
 
 app = typer.Typer()
 
 JOIN_SECONDS = 30.0
-SHORT_SECRET = 16  # characters: a GitHub token has 40 and more
 
 
 class Check(msgspec.Struct):
@@ -89,8 +88,8 @@ def _secret(settings: Settings) -> Check:
         )
     if "CACHE_SHARED_SECRET" not in os.environ and os.environ.get("GITHUB_ACTIONS") == "true":
         return Check("secret", False, "is GITHUB_TOKEN, which differs from job to job: set CACHE_SHARED_SECRET")
-    if len(settings.shared_secret) < SHORT_SECRET:
-        return Check("secret", False, "can be guessed: take 32 random characters, as from `openssl rand -hex 16`")
+    if can_be_guessed(settings.shared_secret):
+        return Check("secret", False, f"can be guessed, so nothing is shared. {ADVICE}")
     return Check("secret", True, f"{len(settings.shared_secret)} characters")
 
 

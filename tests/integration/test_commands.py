@@ -148,6 +148,7 @@ def test_help_of_every_command_says_how_it_may_end() -> None:
         assert "exit status" in (command.callback.__doc__ or "").lower(), command.callback.__name__
 
 
+ANOTHER = "fedcba9876543210" * 4
 ARGUMENTS = {"get": ["/x"], "register": ["12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN", "9000", "127.0.0.1"]}
 
 
@@ -265,7 +266,7 @@ def test_discovered_peers_can_be_bootstrapped_from(fleet: tuple[Runner, Runner])
         (runner.status()["peer_id"], "registry") for runner in fleet
     }
     assert len(invoke(third, "discover", "1").stdout.splitlines()) == 1
-    stranger = Runner(third.directory, Path(ours.environment["CACHE_PEER_REGISTRY"]), CACHE_SHARED_SECRET="6f" * 32)
+    stranger = Runner(third.directory, Path(ours.environment["CACHE_PEER_REGISTRY"]), CACHE_SHARED_SECRET=ANOTHER)
     assert invoke(stranger, "discover").exit_code == 1
     stranger.environment["CACHE_BOOTSTRAP_PEERS"] = multiaddr
     assert json.loads(invoke(stranger, "discover", "--json").stdout) == [

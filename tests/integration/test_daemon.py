@@ -32,7 +32,7 @@ pytestmark = pytest.mark.p2p
 
 PROMPT = 10.0  # seconds: CACHE_LOOKUP_TIMEOUT, the origin's answer, and a generous margin
 SHARED = ("local", "peer")  # what a peer has paid for may have been handed to us before we ask
-ANOTHER = "07" * 32
+ANOTHER = "fedcba9876543210" * 4
 
 # A step that uses both kinds of client, and says at the very end what it has imported. It reaches the origin without
 # httpcore, which imports trio itself where that is installed.

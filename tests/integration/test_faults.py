@@ -58,9 +58,10 @@ print(json.dumps({"answers": answers, "slowest": max(seconds), "closing": time.m
 """
 
 
+ANOTHER = "fedcba9876543210" * 4
 PEERS = {
     "CACHE_ENABLE_P2P": "true",
-    "CACHE_SHARED_SECRET": "5e" * 32,
+    "CACHE_SHARED_SECRET": ANOTHER,
     "CACHE_PUBLIC_BOOTSTRAP": "false",
     "CACHE_LISTEN_HOST": "127.0.0.1",
 }
@@ -362,7 +363,7 @@ def test_somebody_elses_socket_in_the_place_of_the_daemons_holds_up_nothing(
 ) -> None:
     """ "takes a tenth of a second at the most to reach the runner's daemon" (P2PCacheTransport)."""
     with foreign_socket(node_socket(tmp_path), said):
-        process = Process(tmp_path, CACHE_ENABLE_P2P="true", CACHE_SHARED_SECRET="5e" * 32, CACHE_NODE="daemon")
+        process = Process(tmp_path, CACHE_ENABLE_P2P="true", CACHE_SHARED_SECRET=ANOTHER, CACHE_NODE="daemon")
         answers, complaints = process.ask(*urls(origin, TARGETS[:3]))
         assert right(origin, TARGETS[:3]) == answers["answers"]
         assert answers["slowest"] < 2.0
@@ -403,7 +404,7 @@ def test_an_expired_record_that_cannot_be_removed_hides_nobody(tmp_path: Path) -
     """A directory that users share, as /tmp is: who may not remove what another has left still finds the others."""
     msgspec, entries = pytest.importorskip("msgspec"), pytest.importorskip("httpx_p2pcache.entries")
     ring, directory = entries.Keyring(b"secret", "default"), tmp_path / "shared"
-    for parent in [tmp_path, *list(tmp_path.parents)[:2]]:
+    for parent in [tmp_path, *list(tmp_path.parents)[:-2]]:
         parent.chmod(0o755)
     directory.mkdir()
     directory.chmod(0o1777)

@@ -453,7 +453,7 @@ def test_another_secret_and_another_fleet_share_nothing_and_lose_nothing(start: 
     assert one.transport.wait_until_joined(30)
     there = {"bootstrap_peers": tuple(one.addresses)}
     strangers = [
-        start("other-secret", shared_secret="0" * 64, **there),
+        start("other-secret", shared_secret="fedcba9876543210" * 4, **there),
         start("other-fleet", fleet="octo-org/elsewhere", **there),
     ]
     mate = start("b")

@@ -252,7 +252,7 @@ def test_what_a_killed_process_was_fetching_another_one_fetches(runner_of: Runne
 
 
 def test_a_daemon_of_another_fleet_is_not_used(pair: tuple[Runner, Runner], origin: Origin) -> None:
-    changes = {"CACHE_SHARED_SECRET": "07" * 32, "CACHE_NODE": "daemon"}
+    changes = {"CACHE_SHARED_SECRET": "fedcba9876543210" * 4, "CACHE_NODE": "daemon"}
     stranger = Runner(pair[0].directory, pair[0].directory, **changes)
     step = stranger.start(STEP, urls_of(origin)[0], stderr=subprocess.PIPE)
     _, errors = step.communicate(timeout=60)

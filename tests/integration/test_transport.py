@@ -1338,11 +1338,16 @@ def _files(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"enable_p2p": False}, "CACHE_ENABLE_P2P"), ({"enable_p2p": True}, "CACHE_SHARED_SECRET")],
-    ids=["switched off", "no secret"],
+    [
+        ({"enable_p2p": False}, "CACHE_ENABLE_P2P"),
+        ({"enable_p2p": True}, "CACHE_SHARED_SECRET"),
+        ({"shared_secret": "hunter2"}, "CACHE_SHARED_SECRET can be guessed"),
+        ({"shared_secret": "9f86d081884c7d65", "previous_secret": "hunter2"}, "CACHE_PREVIOUS_SECRET can be guessed"),
+    ],
+    ids=["switched off", "no secret", "a weak secret", "a weak previous secret"],
 )
 def test_a_local_cache_says_once_what_is_off_and_what_to_set(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, bool], named: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], named: str
 ) -> None:
     below = httpx.MockTransport(lambda request: httpx.Response(200, content=b"body", headers=FRESH))
     settings = Settings(dir=tmp_path / "cache", **changes)

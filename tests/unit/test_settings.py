@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from made import few, many, said
 
 from httpx_p2pcache import P2PCacheError, Settings, SettingsError
-from httpx_p2pcache.settings import describe, variable
+from httpx_p2pcache.settings import can_be_guessed, describe, variable
 
 SECONDS = "a number of seconds from 0 to 31536000"
 SIZE = "a number of bytes, as 8388608 or 8MiB"
@@ -32,6 +32,7 @@ DEFAULTS = {
     "default_ttl": 300.0,
     "stale_if_error": None,
     "dir": Path("~/.cache/github_cli").expanduser(),
+    "encrypt_at_rest": False,
     "max_size": 1024**3,
     "max_body_size": 8 * 1024**2,
     "github_hosts": ("api.github.com",),
@@ -59,6 +60,7 @@ EXPECTED = {
     "default_ttl": SECONDS,
     "stale_if_error": SECONDS,
     "dir": "a path",
+    "encrypt_at_rest": "true or false",
     "max_size": SIZE,
     "max_body_size": SIZE,
     "github_hosts": "a comma-separated list",
@@ -67,7 +69,7 @@ EXPECTED = {
     "node": "auto, embedded, daemon or none",
 }
 SECRETS = ("shared_secret", "previous_secret")
-FLAGS = ("enable_p2p", "public_bootstrap", "computed_validators", "shared_identity")
+FLAGS = ("enable_p2p", "public_bootstrap", "encrypt_at_rest", "computed_validators", "shared_identity")
 DURATIONS = ("peer_ttl", "join_timeout", "lookup_timeout", "claim_timeout", "default_ttl", "stale_if_error")
 SIZES = ("max_size", "max_body_size")
 
@@ -110,6 +112,18 @@ def test_a_settings_error_is_a_value_error_and_one_of_this_package() -> None:
     with pytest.raises(ValueError) as caught:
         Settings(listen_port=-1)
     assert isinstance(caught.value, P2PCacheError)
+
+
+def test_sealing_what_is_stored_needs_a_secret() -> None:
+    with pytest.raises(SettingsError, match="CACHE_ENCRYPT_AT_REST needs CACHE_SHARED_SECRET"):
+        Settings(encrypt_at_rest=True)
+    assert Settings(encrypt_at_rest=True, shared_secret="s").encrypt_at_rest
+
+
+@pytest.mark.parametrize("secret", ["", "hunter2", "correct horse!!", "0" * 64, "abcabcabcabcabcabcabc"])
+def test_a_secret_that_can_be_guessed_is_known_as_one(secret: str) -> None:
+    assert can_be_guessed(secret)
+    assert not can_be_guessed(secret + "9f86d081884c7d65")
 
 
 def test_an_empty_fleet_is_refused() -> None:

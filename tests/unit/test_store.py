@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from made import URL, an_entry, said
 
 from httpx_p2pcache import store as store_module
-from httpx_p2pcache.entries import Entry, cache_key
+from httpx_p2pcache.entries import Entry, Keyring, cache_key
 from httpx_p2pcache.files import local_secret
 from httpx_p2pcache.store import Store
 
@@ -699,3 +699,30 @@ class Shared(RuleBasedStateMachine):
 
 TestShared = Shared.TestCase
 TestShared.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+
+
+# Bodies at rest
+
+
+SECRET_BODY = b'{"private": "of somebody"}' * 50
+
+
+def test_bodies_at_rest_are_sealed_and_under_another_key_the_store_is_cold(tmp_path: Path) -> None:
+    def opened(sealing: Keyring | None) -> Store:
+        return Store(tmp_path, max_size=0, default_ttl=300.0, sealing=sealing)
+
+    key = cache_key(URL)
+    for keyring in (Keyring(b"one secret", "fleet"), Keyring(b"another secret", "fleet"), None):
+        store = opened(keyring)
+        assert store.load(key) == []  # what another form has left is gone
+        stored = store.save(an_entry(body=SECRET_BODY))
+        assert stored is not None
+        store.refresh(stored, an_entry(body=SECRET_BODY, headers={"cache-control": ["max-age=9"]}), since=time.time())
+        store.close()
+        again = opened(keyring)
+        (found,) = again.load(key)
+        assert (found.entry.body, found.entry.headers["cache-control"]) == (SECRET_BODY, ["max-age=9"])
+        again.close()
+        on_disk = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+        assert (SECRET_BODY[:26] in on_disk) is (keyring is None)
+    assert opened(Keyring(b"one secret", "fleet")).load(key) == []
