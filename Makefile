@@ -9,8 +9,9 @@ URLS ?= 100
 HAR ?=
 OWN_TOKENS ?=
 
+SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test simulate coverage lint typecheck bench soak lock clean
+.PHONY: help setup demo test simulate fuzz mutants docs coverage lint typecheck bench soak lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +39,16 @@ test: $(READY) lint typecheck ## lint, types and every test
 simulate: $(READY) ## ten thousand schedules of the simulated fleet (SCHEDULES=)
 	@SCHEDULES=$(or $(SCHEDULES),10000) $(BIN)/python -m pytest --timeout 3600 tests/simulation
 
+fuzz: $(READY) ## a million hostile frames, and a hundred thousand of all else that others write (RUNS=)
+	@status=0; for name in frames admission entries registry settings fields door; do \
+		runs=$(or $(RUNS),100000); [ $$name != frames ] || runs=$$((runs * 10)); \
+		$(BIN)/python -m tests.fuzz $$name --runs $$runs 2>/dev/null | grep -E "FOUND|runs in" ; \
+		[ $${PIPESTATUS[0]} -eq 0 ] || status=1; \
+	done; exit $$status
+
+mutants: $(READY) ## take each defence away, and see its test fail
+	@$(BIN)/python -m tests.mutants
+
 coverage: $(READY) ## every test, one after another, and which lines they reach
 	@$(BIN)/coverage run -m pytest
 	@$(BIN)/coverage report --skip-covered | tail -n 40
@@ -49,6 +60,9 @@ lint: $(READY) ## ruff and the floors
 
 typecheck: $(READY) ## mypy, strict
 	@$(BIN)/mypy
+
+docs: $(READY) ## the documentation as a site, into site/; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -f docs/site/mkdocs.yml 2>&1 | grep -v INFO; test $${PIPESTATUS[0]} -eq 0 && echo 'site/index.html'
 
 bench: $(READY) ## what a hit, a miss and an import cost, beside hishel
 	@$(BIN)/python -m benchmarks

@@ -1455,3 +1455,22 @@ def test_a_fork_while_other_threads_ask_leaves_the_child_no_lock_that_nobody_fre
         for one in busy:
             one.result(PROMPT)
     assert answers == ["/0/1"] * 5
+
+
+def test_an_ssl_context_that_could_not_be_loaded_is_loaded_again(
+    origin: Origin, local: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where descriptors are missing for a moment."""
+    real, failing = httpx.create_ssl_context, [OSError(24, "Too many open files")]
+
+    def load() -> Any:
+        if failing:
+            raise failing.pop()
+        return real()
+
+    monkeypatch.setattr(httpx, "create_ssl_context", load)
+    url = f"{origin.url}/repos/octo-org/repo-1"
+    with httpx.Client(transport=P2PCacheTransport(settings=local)) as client:
+        with pytest.raises(OSError, match="Too many open files"):
+            client.get(url)
+        assert client.get(url).content == origin.resources["/repos/octo-org/repo-1"].body

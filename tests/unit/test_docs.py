@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from httpx_p2pcache.settings import describe
 from httpx_p2pcache.stats import COUNTERS, summary
 
 ROOT = Path(__file__).parents[2]
+MADE = ("configuration.md", "options.md", "index.md")  # by docs/site/hooks.py
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -29,8 +32,26 @@ def test_every_figure_is_defined() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text())
-    assert [target for target in targets if not (page.parent / target).exists()] == []
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    assert [target for target in targets if not (page.parent / target).exists() and target not in MADE] == []
+
+
+def test_the_site_is_made_without_a_warning(tmp_path: Path) -> None:
+    """Links, anchors, and pages that no menu leads to are warned about, and a warning is an error."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "-f", ROOT / "docs" / "site" / "mkdocs.yml"]
+    done = subprocess.run([*command, "-d", tmp_path], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "CACHE_LISTEN_PORT" in (tmp_path / "configuration.html").read_text()
+    assert "--watch" in (tmp_path / "options.html").read_text()
+    assert "P2PCacheTransport" in (tmp_path / "api.html").read_text()
+
+
+def test_every_test_that_the_security_page_names_is_there() -> None:
+    names = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "security.md").read_text()))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(names) > 30
+    assert [name for name in sorted(names) if f"def {name}(" not in tests] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,0 +1,224 @@
+"""``python -m tests.mutants``: each defence is taken away in a copy of the package, and its test has to fail then.
+
+A line each: the test that went red, or the mutant that survived. Exit status 1 if one did.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+ATTACKS, FAULTS = "integration/test_attacks.py", "integration/test_faults.py"
+HOSTILE = "unit/test_hostile.py"
+
+
+class Mutant(NamedTuple):
+    """In ``file`` the text ``old`` becomes ``new``; then ``test`` fails."""
+
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTANTS = [
+    Mutant(
+        "entries.py",
+        "if cache_key(entry.url) != key:",
+        "if False:",
+        "unit/test_entries.py::test_an_entry_sealed_for_a_key_that_is_not_its_urls_is_rejected",
+    ),
+    Mutant(
+        "entries.py",
+        "entry.identity == self.identity and hmac.compare_digest(self._voucher(entry), entry.voucher)",
+        "entry.identity == self.identity",
+        f"{ATTACKS}::test_a_member_cannot_pass_an_entry_off_as_one_that_another_token_has_fetched",
+    ),
+    Mutant(
+        "node/checks.py",
+        'if "set-cookie" in entry.headers or',
+        "if",
+        f"{ATTACKS}::test_a_forged_entry_is_never_an_answer",
+    ),
+    Mutant(
+        "node/checks.py",
+        "if _PAGINATION.search(parameters) and not same_origin(url, entry.url):",
+        "if False:",
+        f"{ATTACKS}::test_a_forged_entry_is_never_an_answer",
+    ),
+    Mutant(
+        "node/checks.py",
+        "    _check_coding(entry)\n",
+        "",
+        f"{HOSTILE}::test_a_body_that_is_not_what_its_coding_says_is_not_believed",
+    ),
+    Mutant(
+        "node/checks.py",
+        "MAX_UNPACKED = 128 * 1024**2",
+        "MAX_UNPACKED = 2**62",
+        f"{ATTACKS}::test_a_bomb_of_another_identity_is_not_unpacked",
+    ),
+    Mutant(
+        "freshness.py",
+        "return line if len(line) < 256 else",
+        "return line if True else",
+        f"{HOSTILE}::test_checking_an_entry_never_takes_longer_than_a_peer_may_delay_a_request",
+    ),
+    Mutant(
+        "entries.py",
+        "(?:[^=&?]*(?:token",
+        "(?:[^=&]*(?:token",
+        f"{HOSTILE}::test_checking_an_entry_never_takes_longer_than_a_peer_may_delay_a_request",
+    ),
+    Mutant(
+        "network.py",
+        "if not may_select(self.selecting):",
+        "if False:",
+        f"{HOSTILE}::test_a_question_is_not_larger_than_the_fields_of_a_request_can_be",
+    ),
+    Mutant(
+        "quota.py",
+        "min(quota.seen, now)",
+        "quota.seen",
+        f"{HOSTILE}::test_a_refusal_that_a_member_has_seen_in_the_future_is_probed_once_a_minute_like_any_other",
+    ),
+    Mutant(
+        "claims.py",
+        "if self._waiting >= self._limit:",
+        "if False:",
+        "unit/test_claims.py::test_beyond_the_limit_everybody_is_let_go_but_those_in_flight_go_on",
+    ),
+    Mutant(
+        "node/protocol.py",
+        "    if not any(agreeing):",
+        "    if False:",
+        "unit/test_protocol.py",
+    ),
+    Mutant(
+        "node/protocol.py",
+        'bound = len(dialler).to_bytes(2, "big") + dialler + listener + nonces',
+        "bound = nonces",
+        f"{ATTACKS}::test_a_stranger_that_passes_on_a_proof_is_admitted_by_neither",
+    ),
+    Mutant(
+        "node/host.py",
+        "count >= MAX_FAILURES or self._inside >= MAX_STRANGERS",
+        "self._inside >= MAX_STRANGERS",
+        "unit/test_search.py::test_an_address_of_which_many_have_failed_is_kept_out_for_a_while_and_no_other_is",
+    ),
+    Mutant(
+        "node/host.py",
+        "count >= MAX_FAILURES or self._inside >= MAX_STRANGERS",
+        "count >= MAX_FAILURES",
+        "unit/test_search.py::test_the_gate_lets_in_so_many_strangers_at_a_time_and_the_next_when_one_has_left",
+    ),
+    Mutant(
+        "node/host.py",
+        "except BaseException:  # of a peer that is another than was dialled the swarm leaves the socket open",
+        "except ZeroDivisionError:",
+        f"{ATTACKS}::test_a_dial_that_meets_another_peer_id_leaves_no_connection_open",
+    ),
+    Mutant(
+        "settings.py",
+        "return len(secret) < 16 or len(set(secret)) < 8",
+        "return False",
+        "integration/test_transport.py::test_a_local_cache_says_once_what_is_off_and_what_to_set",
+    ),
+    Mutant(
+        "files.py",
+        "if not stat.S_ISREG(path.lstat().st_mode):",
+        "if False:",
+        f"{FAULTS}::test_a_link_in_the_place_of_the_ledger_is_not_followed",
+    ),
+    Mutant(
+        "files.py",
+        "os.O_RDONLY | NOFOLLOW | os.O_NONBLOCK",
+        "os.O_RDONLY | NOFOLLOW",
+        f"{FAULTS}::test_a_pipe_in_the_place_of_a_file_hangs_nothing",
+    ),
+    Mutant(
+        "files.py",
+        "temporary.replace(path)",
+        "pass",
+        f"{FAULTS}::test_a_local_secret_that_was_cut_short_does_not_make_the_cache_useless_for_ever",
+    ),
+    Mutant(
+        "node/daemon/client.py",
+        "connection.settimeout(GREETING_SECONDS)",
+        "connection.settimeout(None)",
+        f"{FAULTS}::test_somebody_elses_socket_in_the_place_of_the_daemons_holds_up_nothing",
+    ),
+    Mutant(
+        "node/discovery/registry.py",
+        "not abs(now - record.written) <= self._ttl + MAX_DIFFERENCE",
+        "False",
+        f"{HOSTILE}::test_a_record_of_the_far_future_does_not_count_for_ever",
+    ),
+    Mutant(
+        "store.py",
+        'logging.getLogger("hishel._core._storages._sync_sqlite").addFilter(_SaidOnce())',
+        "",
+        f"{FAULTS}::test_on_a_full_disk_requests_are_answered_and_it_is_said_no_more_than_once",
+    ),
+    Mutant(
+        "store.py",
+        "isolation_level=None, timeout=BUSY_MS / 1000",
+        "isolation_level=None, timeout=5",
+        f"{FAULTS}::test_a_database_that_nobody_else_can_even_read_is_not_waited_for_long",
+    ),
+    Mutant(
+        "store.py",
+        "body = entry.body if sealing is None else",
+        "body = entry.body if True else",
+        "unit/test_store.py::test_bodies_at_rest_are_sealed_and_under_another_key_the_store_is_cold",
+    ),
+    Mutant(
+        "origins.py",
+        "            self._prepare_to_load()  # the next request tries again\n",
+        "",
+        "integration/test_transport.py::test_an_ssl_context_that_could_not_be_loaded_is_loaded_again",
+    ),
+    Mutant(
+        "freshness.py",
+        "return min(max(apparent_age, age_value + delay), _LONGEST)",
+        "return max(apparent_age, age_value + delay)",
+        f"{FAULTS}::test_what_an_origin_says_does_not_cost_a_process_its_daemon",
+    ),
+]
+
+
+def main() -> int:
+    survived = 0
+    for mutant in MUTANTS:
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch) / "httpx_p2pcache"
+            shutil.copytree(ROOT / "httpx_p2pcache", copy, ignore=shutil.ignore_patterns("__pycache__"))
+            path = copy / mutant.file
+            text = path.read_text()
+            if text.count(mutant.old) != 1:
+                print(f"GONE      {mutant.file}: {mutant.old.strip()[:70]!r} is not there once")
+                survived += 1
+                continue
+            path.write_text(text.replace(mutant.old, mutant.new))
+            options = ["-q", "-x", "-p", "no:cacheprovider", "-c", f"{ROOT}/pyproject.toml", "--rootdir", str(ROOT)]
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", *options, f"{ROOT}/tests/{mutant.test}"],
+                cwd=scratch,  # which Python looks into first
+                env=os.environ | {"PYTHONPATH": scratch},
+                capture_output=True,
+                text=True,
+            )
+        red = done.returncode == 1
+        survived += not red
+        print(f"{'red' if red else 'SURVIVED':9} {mutant.test.rpartition('/')[2]}", flush=True)
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
