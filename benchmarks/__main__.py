@@ -1,26 +1,49 @@
-"""``python -m benchmarks [NAME ...] [--json]``: medians of runs taken in turns, and their ratios."""
+"""``python -m benchmarks [NAME ...] [--quick] [--json]``: medians of runs taken in turns, and their ratios.
+
+Results go to ``benchmarks/results/NAME.json`` as well, and of these ``docs/benchmarks.md`` is made; ``--quick`` and
+``--json`` leave both as they are.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import os
 import platform
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from benchmarks import adapters, daemon, faults, finding, fleet, hit, start
+from benchmarks import adapters, contest, daemon, faults, finding, fleet, hit, peers, report, start
 
 BENCHMARKS = {
     "hit": hit.run,
     "start": start.run,
+    "contest": contest.run,
     "fleet": fleet.run,
+    "peers": peers.run,
     "faults": faults.run,
     "finding": finding.run,
     "daemon": daemon.run,
     "adapters": adapters.run,
 }
+QUICK = {"hit": hit.run, "start": start.run, "contest": lambda: contest.run(quick=True)}
 LONG = {"soak": daemon.soak}  # only by name
+RESULTS = Path(__file__).with_name("results")
+
+
+def machine() -> dict[str, str]:
+    """What the figures were taken on."""
+    packages = ("httpx-p2pcache", "httpx", "hishel", "libp2p")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, "
+        f"Python {platform.python_version()}",
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
 
 
 def main() -> None:
@@ -31,26 +54,30 @@ def main() -> None:
         metavar="NAME",
         help=f"which: {', '.join(BENCHMARKS)} (default: all of these), soak (ten minutes)",
     )
+    parser.add_argument("--quick", action="store_true", help="hit, start and one turn of contest: two minutes")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     chosen = parser.parse_args()
     unknown = set(chosen.names) - {*BENCHMARKS, *LONG}
     if unknown:
-        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
-    results: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-    for name in chosen.names or BENCHMARKS:
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        results[name] = {**BENCHMARKS, **LONG}[name]()
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}, soak")
+    known = {**BENCHMARKS, **LONG, **(QUICK if chosen.quick else {})}
+    results: dict[str, Any] = {}
+    names = chosen.names or list(QUICK if chosen.quick else BENCHMARKS)
+    for number, name in enumerate(names, 1):
+        print(f"{name} ({number} of {len(names)}) ...", file=sys.stderr, flush=True)
+        results[name] = {**machine(), "figures": known[name]()}
+        if not chosen.quick and not chosen.json:
+            RESULTS.mkdir(exist_ok=True)
+            (RESULTS / f"{name}.json").write_text(json.dumps(results[name], indent=2) + "\n")
     if chosen.json:
         print(json.dumps(results, indent=2))
         return
-    for name, figures in results.items():
-        print(f"{name}: {figures}" if isinstance(figures, str) else name)
-        if isinstance(figures, dict):
-            for what, figure in figures.items():
-                print(f"  {what:58} {figure}")
+    for name, result in results.items():
+        print(name)
+        for what, figure in result["figures"].items():
+            print(f"  {what:70} {figure}")
+    if not chosen.quick:
+        report.write()
 
 
 main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import statistics
@@ -56,7 +57,8 @@ class Runner:
         environment |= {
             "CACHE_DIR": str(scratch / name),
             "CACHE_PEER_REGISTRY": str(scratch / "registry"),
-            "CACHE_SHARED_SECRET": "a secret for a benchmark",
+            "CACHE_SHARED_SECRET": hashlib.sha256(str(scratch).encode()).hexdigest(),
+            "CACHE_PUBLIC_BOOTSTRAP": "false",
             "CACHE_LISTEN_HOST": "127.0.0.1",
             "CACHE_LISTEN_PORT": "0",
         }

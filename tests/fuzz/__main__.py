@@ -28,11 +28,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
     parser.add_argument("name", nargs="?")
     parser.add_argument("files", nargs="*", type=Path)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float)
     parser.add_argument("--runs", type=int, default=0)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     told = parser.parse_args()
+    seconds = told.seconds or (float("inf") if told.runs else 60.0)
     guided = atheris is not None and not told.plain and not told.files
     with atheris.instrument_imports(include=["httpx_p2pcache", "hishel"]) if guided else contextlib.nullcontext():
         from tests.fuzz import targets
@@ -74,12 +75,12 @@ def main() -> int:
             (corpus / f"seed-{number}").write_bytes(seed)
         words = corpus.with_suffix(".dict")
         words.write_text("".join('"' + "".join(f"\\x{b:02x}" for b in w[:60]) + '"\n' for w in targets.WORDS))
-        limit = [f"-runs={told.runs}"] if told.runs else [f"-max_total_time={int(told.seconds)}"]
+        limit = [f"-runs={told.runs}"] if told.runs else [f"-max_total_time={int(seconds)}"]
         options = ["-max_len=8192", f"-dict={words}", "-verbosity=0", "-timeout=60", "-rss_limit_mb=4096", *limit]
 
         def guided_one(data: bytes) -> None:
             one(data)
-            if (told.runs and runs >= told.runs) or time.monotonic() - began > told.seconds:
+            if (told.runs and runs >= told.runs) or time.monotonic() - began > seconds:
                 status = summary()
                 targets.close()
                 sys.stdout.flush()
@@ -95,7 +96,7 @@ def main() -> int:
         chance = random.Random(told.seed)
         for seed in target.seeds:
             one(seed)
-        while runs < told.runs if told.runs else time.monotonic() - began < told.seconds:
+        while runs < told.runs if told.runs else time.monotonic() - began < seconds:
             one(mutated(chance, target.seeds, targets.WORDS))
     targets.close()
     return summary()

@@ -1,0 +1,215 @@
+"""What a peer's answer costs by its size, a miss beside a bare client's, and a node that does nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.finding import Node, _all_have
+from httpx_p2pcache import P2PCacheTransport, Settings
+from httpx_p2pcache.testing import Origin, Resource
+
+SIZES = {"2 KB": 2_000, "24 KB": 24_000, "170 KB": 170_000, "5 MB": 5_000_000}
+# The other runner: it asks for each URL once, says so, and stays.
+_HOLDER = """
+import sys, httpx
+from httpx_p2pcache import P2PCacheTransport
+transport = P2PCacheTransport()
+transport.wait_until_joined(60)
+with httpx.Client(transport=transport, timeout=60) as client:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(len(client.get(line.strip()).content), flush=True)
+"""
+
+
+@contextmanager
+def _pair(**changes: Any) -> Iterator[tuple[httpx.Client, P2PCacheTransport, Callable[[str], None]]]:
+    """A client here, its transport, and how to have a runner in another process ask for a URL."""
+    with tempfile.TemporaryDirectory() as scratch:
+        common = {
+            "peer_registry": f"{scratch}/registry",
+            "shared_secret": secrets.token_hex(16),
+            "listen_host": "127.0.0.1",
+            "listen_port": "0",
+            "public_bootstrap": "false",
+            "node": "embedded",
+        }
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("CACHE_")}
+        environment |= {f"CACHE_{name.upper()}": value for name, value in common.items()}
+        holder = subprocess.Popen(
+            [sys.executable, "-c", _HOLDER],
+            env=environment | {"CACHE_DIR": f"{scratch}/holder"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "ready\n"
+
+        def hold(url: str) -> None:
+            assert holder.stdin is not None
+            assert holder.stdout is not None
+            holder.stdin.write(url + "\n")
+            holder.stdin.flush()
+            assert int(holder.stdout.readline()) > 0
+
+        settings = Settings.from_env(
+            {f"CACHE_{name.upper()}": value for name, value in common.items()},
+            dir=Path(scratch) / "asker",
+            lookup_timeout=5.0,
+            **changes,
+        )
+        transport = P2PCacheTransport(settings=settings)
+        try:
+            with httpx.Client(transport=transport, timeout=60) as client:
+                while transport.stats()["connected_peers"] != 1:
+                    time.sleep(0.02)
+                yield client, transport, hold
+        finally:
+            holder.kill()
+            holder.communicate()
+
+
+def _milliseconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1000
+
+
+def hits(rounds: int = 30) -> dict[str, Any]:
+    """What a peer holds, by size; beside it a bare round trip on the same stream."""
+    found: dict[str, Any] = {}
+    chance = random.Random(1)
+    resources = {
+        f"/{size}/{number}": Resource(chance.randbytes(size), max_age=600)
+        for size in SIZES.values()
+        for number in range(rounds)
+    }
+    # What is published is pushed to all who are there, and take it: who asks comes later.
+    with Origin(resources) as origin, _pair(max_body_size=0) as (_, transport, hold):
+        for path in resources:
+            hold(origin.url + path)
+        took: dict[str, list[float]] = {name: [] for name in SIZES}
+        asking = _second(transport)
+        with httpx.Client(transport=asking, timeout=60) as client:
+            while asking.stats()["connected_peers"] < 1:
+                time.sleep(0.02)
+            for number in range(rounds):
+                for name, size in SIZES.items():
+                    url = f"{origin.url}/{size}/{number}"
+                    answers: list[httpx.Response] = []
+                    ms = _milliseconds(lambda url=url, answers=answers: answers.append(client.get(url)))  # type: ignore[misc]
+                    if answers[0].extensions["caching"]["source"] == "peer":
+                        took[name].append(ms)
+            trips: Any = asking.stats()["peers"]
+    for name, times in took.items():
+        middle = statistics.median(times) if times else float("nan")
+        found[f"peer hit, {name}: ms (of {len(times)})"] = round(middle, 2)
+        if name == "5 MB" and times:
+            found["peer hit, 5 MB: MB/s"] = round(5_000 / middle)
+    found["a ping on the same stream, ms"] = [one["rtt_ms"] for one in trips]
+    return found
+
+
+def _second(transport: P2PCacheTransport) -> P2PCacheTransport:
+    """A runner that begins now, and so has been sent nothing."""
+    import msgspec
+
+    settings = msgspec.structs.replace(
+        transport.settings, dir=transport.settings.dir.parent / "late", max_body_size=8 * 1024**2
+    )
+    late = P2PCacheTransport(settings=settings)
+    late.wait_until_joined(60)
+    return late
+
+
+def misses(rounds: int = 60) -> dict[str, Any]:
+    """A miss at 20 ms, with a peer that has nothing either; in turns with a bare client."""
+    resources = {f"/{number}": Resource(b"x" * 2000, max_age=600) for number in range(rounds)}
+    with Origin(resources, latency=0.02) as origin, _pair() as (client, _, _hold), httpx.Client() as bare:
+        bare.get(origin.url + "/0")
+        client.get(origin.url + "/none")
+        ours, theirs = [], []
+        for path in resources:
+            theirs.append(_milliseconds(lambda path=path: bare.get(origin.url + path)))  # type: ignore[misc]
+            ours.append(_milliseconds(lambda path=path: client.get(origin.url + path)))  # type: ignore[misc]
+    a, b = statistics.median(theirs), statistics.median(ours)
+    return {
+        "a miss at 20 ms, bare client, ms": round(a, 2),
+        "a miss at 20 ms, with a peer asked, ms": round(b, 2),
+        "a miss costs more by": f"{(b / a - 1) * 100:.1f} %",
+    }
+
+
+def idle(counts: tuple[int, ...] = (2, 5, 20), seconds: float = 10.0) -> dict[str, Any]:
+    """Nodes that do nothing: how much of a core, and how much memory, each."""
+    found: dict[str, Any] = {}
+    plain = _resident_of(
+        [sys.executable, "-c", "import httpx, hishel, sys; print(0, flush=True); sys.stdin.readline()"]
+    )
+    libp2p = _resident_of(
+        [sys.executable, "-c", "import httpx, hishel, libp2p, trio, sys; print(0, flush=True); sys.stdin.readline()"]
+    )
+    found["memory of httpx and hishel, MiB"] = plain
+    found["memory with libp2p imported, MiB"] = libp2p
+    for count in counts:
+        secret = secrets.token_hex(16)
+        with tempfile.TemporaryDirectory() as scratch:
+            nodes = [Node(Path(scratch), f"node-{n}", "registry", secret) for n in range(count)]
+            try:
+                for node in nodes:
+                    node.imported()
+                for node in nodes:
+                    node.begin()
+                for node in nodes:
+                    node.started()
+                _all_have(nodes, count - 1, 0.0, timeout=60)
+                time.sleep(12.0)  # the time in which a fleet forms: it looks more often then
+                before = [_cpu(node.process.pid) for node in nodes]
+                time.sleep(seconds)
+                used = [(_cpu(node.process.pid) - b) / seconds for node, b in zip(nodes, before, strict=True)]
+                found[f"{count} nodes that do nothing: % of a core each"] = round(statistics.median(used) * 100, 2)
+                found[f"{count} nodes that do nothing: MiB each"] = round(
+                    statistics.median(_resident(node.process.pid) for node in nodes)
+                )
+            finally:
+                for node in nodes:
+                    node.process.kill()
+                    node.process.communicate()
+    return found
+
+
+def _resident(process: int) -> float:
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1024**2
+
+
+def _resident_of(command: list[str]) -> float:
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    size = round(_resident(process.pid))
+    process.communicate("\n")
+    return size
+
+
+def _cpu(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def run() -> dict[str, Any]:
+    return {**hits(), **misses(), **idle()}

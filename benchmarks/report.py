@@ -1,0 +1,118 @@
+"""``docs/benchmarks.md`` and its pictures, made of ``benchmarks/results``: ``python -m benchmarks.report``."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCS = ROOT / "docs"
+
+TITLES = {
+    "hit": "A local hit",
+    "start": "To begin with",
+    "peers": "Peers",
+    "fleet": "The main job, by client",
+    "faults": "When something goes wrong, and polling",
+    "finding": "Finding each other, and strangers",
+    "daemon": "The daemon",
+    "adapters": "Other clients",
+    "soak": "Ten minutes of load",
+}
+HEAD = """# Benchmarks
+
+`make bench` measures all of this anew, and writes this page. Everybody who is compared does the same work in the same
+run, in turns; figures are medians. `python -m benchmarks NAME` does one part, `--quick` a short one, `--json` prints it.
+
+"""
+CONTEST = """## The main job, done by everybody
+
+A cold fleet of runner processes asks for the same URLs, in the same order, beginning in the same second, four requests at
+a time, against a stand-in for GitHub that takes 80 ms. Each library is used as its own documentation says, made to store
+what is `private`, or it would store nothing; the proxies are told to keep tokens apart, and nginx and Squid to take
+60 seconds for the lifetime of everything, since they do not obey the lifetime of what is private. A proxy is a server
+that somebody runs; it sees every token and every body.
+
+"""
+WHAT = """What the columns mean: *calls* reached the origin, *count* of these count against a rate limit (a 304 is free), *whole* is the
+time until the last runner had its last answer, then the time of one answer: median and 99th percentile.
+
+"""
+
+
+def write() -> None:
+    """Make the page of what results there are."""
+    page = HEAD
+    contest = _read("contest")
+    if contest:
+        page += CONTEST + WHAT
+        for number, (title, rows) in enumerate(contest["figures"].items()):
+            page += f"### {title}\n\n"
+            if number < 2:
+                (DOCS / f"contest-{number}.svg").write_text(picture(title, rows))
+                page += f'<img src="contest-{number}.svg" width="760" alt="{title}: calls that count, for each.">\n\n'
+            page += table(rows) + "\n"
+        page += _taken(contest)
+    for name, title in TITLES.items():
+        result = _read(name)
+        if result:
+            page += f"## {title}\n\n| what | measured |\n|---|---|\n"
+            page += "".join(f"| {what} | {_shown(figure)} |\n" for what, figure in result["figures"].items())
+            page += "\n" + _taken(result, name)
+    (DOCS / "benchmarks.md").write_text(page.rstrip() + "\n")
+
+
+def _read(name: str) -> Any:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _taken(result: Any, name: str = "contest") -> str:
+    return f"<small>`python -m benchmarks {name}`, {result['date']}: {result['machine']}; {result['versions']}.</small>\n\n"
+
+
+def _shown(figure: Any) -> str:
+    return ", ".join(map(str, figure)) if isinstance(figure, list) else str(figure)
+
+
+def table(rows: dict[str, Any]) -> str:
+    lines = "| | calls | count | right | whole, s | median, ms | p99, ms |\n|---|--:|--:|--:|--:|--:|--:|\n"
+    for name, row in rows.items():
+        if "skipped" in row:
+            lines += f"| {name} | not measured: {row['skipped']} |||||\n"
+            continue
+        shown = f"**{name}**" if name.startswith("ours") else name
+        numbers = f"{row['calls']:.0f} | {row['counted']:.0f} | {row['right']} | {row['seconds']:.2f}"
+        lines += f"| {shown} | {numbers} | {row['p50']:.0f} | {row['p99']:.0f} |\n"
+    return lines
+
+
+def picture(title: str, rows: dict[str, Any]) -> str:
+    """Bars: for each the calls that count, and beside it the time of the whole."""
+    shown = {name: row for name, row in rows.items() if "skipped" not in row}
+    most = max((row["counted"] for row in shown.values()), default=1) or 1
+    height, parts = 46 + 26 * len(shown), []
+    for number, (name, row) in enumerate(shown.items()):
+        y, width = 40 + 26 * number, 400 * row["counted"] / most
+        kind = "own" if name.startswith("ours") else "bar"
+        parts.append(f'<text class="ink" x="150" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<rect class="{kind}" x="160" y="{y}" width="{width:.0f}" height="18" rx="3"/>')
+        words = f"{row['counted']:.0f} calls · {row['seconds']:.1f} s · p99 {row['p99']:.0f} ms"
+        parts.append(f'<text class="soft" x="{168 + width:.0f}" y="{y + 13}">{words}</text>')
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" role="img" font-family="system-ui, sans-serif" font-size="13">
+<title>{escape(title)}: calls that count</title>
+<style>
+  .ink {{ fill: #1f2328 }} .soft {{ fill: #59636e }} .bar {{ fill: #afb8c1 }} .own {{ fill: #0969da }}
+  @media (prefers-color-scheme: dark) {{ .ink {{ fill: #f0f6fc }} .soft {{ fill: #9198a1 }} .bar {{ fill: #656c76 }} .own {{ fill: #4493f8 }} }}
+</style>
+<text class="ink" x="10" y="22" font-weight="600">{escape(title)}: calls that count</text>
+{chr(10).join(parts)}
+</svg>
+"""
+
+
+if __name__ == "__main__":
+    write()
