@@ -64,10 +64,10 @@ typecheck: $(READY) ## mypy, strict
 docs: $(READY) ## the documentation as a site, into site/; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -f docs/site/mkdocs.yml 2>&1 | grep -v INFO; test $${PIPESTATUS[0]} -eq 0 && echo 'site/index.html'
 
-bench: $(READY) ## what a hit, a miss and an import cost, beside hishel
+bench: $(READY) ## all that is measured, beside the rivals; docs/benchmarks.md is made of it
 	@$(BIN)/python -m benchmarks
 
-soak: $(READY) ## a daemon under 100 requests a second for ten minutes
+soak: $(READY) ## twenty minutes of load with writes, restarts and kills
 	@$(BIN)/python -m benchmarks soak
 
 lock: $(READY) ## pin every dependency anew

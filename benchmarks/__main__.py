@@ -52,7 +52,7 @@ def main() -> None:
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"which: {', '.join(BENCHMARKS)} (default: all of these), soak (ten minutes)",
+        help=f"which: {', '.join(BENCHMARKS)} (default: all of these), soak (twenty minutes)",
     )
     parser.add_argument("--quick", action="store_true", help="hit, start and one turn of contest: two minutes")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")

@@ -62,6 +62,46 @@ peers = client._transport.stats()["p2p_enabled"] and client._transport._exchange
 print(json.dumps({"requests": len(waits), "failed": failed[:3], "slowest": max(waits), "back": peers}))
 client.close()
 """
+# The same with writes, each answer looked at: it is of its URL, and no older than what this process wrote there last.
+_SOAK = """
+import json, sys, threading, time
+import httpx
+from httpx_p2pcache import P2PCacheTransport
+pause, place, urls = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+client = httpx.Client(transport=P2PCacheTransport(), headers={"Authorization": "Bearer one"}, timeout=30)
+stop, waits, failed, wrong, written = threading.Event(), [], [], [], {}
+def work(number):
+    turn = 0
+    while not stop.is_set():
+        for at, url in enumerate(urls[number::4]):
+            turn += 1
+            asked = time.time()
+            try:
+                if at % 5 == place and turn % 7 == 0:  # nobody else writes there, so that "last" has a meaning
+                    version = time.time_ns()
+                    client.put(url, content=json.dumps({"url": url, "version": version}).encode()).raise_for_status()
+                    written[url] = version
+                else:
+                    answer = client.get(url).raise_for_status().json()
+                    name = url.rpartition("/repos/")[2]
+                    right = answer.get("url", url) == url and answer.get("full_name", name) == name
+                    if not right or answer.get("version", 0) < written.get(url, 0):
+                        wrong.append(url)
+            except Exception as exc:
+                failed.append(repr(exc))
+            waits.append(time.time() - asked)
+            if stop.wait(pause):
+                break
+threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+for thread in threads: thread.start()
+print("ready", flush=True)
+sys.stdin.readline()
+stop.set()
+for thread in threads: thread.join()
+print(json.dumps({"requests": len(waits), "failed": failed, "wrong": len(wrong), "writes": len(written),
+                  "slowest": max(waits)}))
+client.close()
+"""
 # How long a question takes whose answer is "nobody fetches it: you may", asked one after another.
 _ASK = """
 import json, sys, time, statistics, hashlib
@@ -206,28 +246,49 @@ def killed() -> dict[str, Any]:
     }
 
 
-def soak(seconds: int = 600) -> dict[str, Any]:
-    """100 requests a second for ten minutes, by five processes: is the daemon's size the same?"""
+def soak(seconds: int = 1200) -> dict[str, Any]:
+    """100 requests a second by five processes of two runners, reads and writes, while one's daemon and processes are
+    killed in turns: is every answer right, and does the other daemon stay as it is?"""
     with Origin(made_up(200), latency=0.02) as origin:
         for resource in origin.resources.values():
             resource.max_age = 5
         with _runners(2, origin) as runners:
+            steady, shaken = runners
             urls = [origin.url + target for target in origin.resources]
-            load = [runners[number % 2].start(_LOAD, "0.2", *urls) for number in range(5)]
-            for process in load:
+
+            def begin(number: int) -> subprocess.Popen[str]:
+                process = runners[number % 2].start(_SOAK, "0.2", str(number), *urls)
                 assert process.stdout is not None
                 process.stdout.readline()
-            sizes = []
-            for _ in range(seconds // 10):
+                return process
+
+            load = [begin(number) for number in range(5)]
+            series, killed = [], 0
+            for tick in range(seconds // 10):
                 time.sleep(10)
-                sizes.append(_size(runners[0].daemon()))
+                memory, descriptors = _size(steady.daemon())
+                series.append([(tick + 1) * 10, round(memory, 1), descriptors, len(origin.calls)])
+                if tick % 6 == 2:
+                    os.kill(shaken.daemon(), signal.SIGKILL)
+                    shaken.p2pcache("init")
+                    killed += 1
+                elif tick % 6 == 5:
+                    load[1].kill()
+                    load[1].communicate()
+                    load[1] = begin(1)
+                    killed += 1
             said = [json.loads(process.communicate("stop\n")[0]) for process in load]
-    minute = min(6, len(sizes) - 1)
+    minute = min(6, len(series) - 1)
     return {
-        f"{seconds} s of load: requests / failed": f"{sum(s['requests'] for s in said)} / "
+        f"{seconds} s of load: requests of who lived / failed": f"{sum(s['requests'] for s in said)} / "
         f"{sum(len(s['failed']) for s in said)}",
-        "memory after a minute / at the end, MiB": f"{sizes[minute][0]:.1f} / {sizes[-1][0]:.1f}",
-        "descriptors after a minute / at the end": f"{sizes[minute][1]} / {sizes[-1][1]}",
+        "wrong answers": sum(s["wrong"] for s in said),
+        "writes": sum(s["writes"] for s in said),
+        "daemons and processes killed": killed,
+        "slowest answer, s": round(max(s["slowest"] for s in said), 2),
+        "memory of the steady daemon after a minute / at the end, MiB": f"{series[minute][1]} / {series[-1][1]}",
+        "its descriptors after a minute / at the end": f"{series[minute][2]} / {series[-1][2]}",
+        "series: seconds, MiB, descriptors, calls": series,
     }
 
 

@@ -43,7 +43,7 @@ while True:
     if peers != known:
         known = peers
         print(json.dumps([time.time(), peers]), flush=True)
-    time.sleep(0.01)
+    time.sleep(float(os.environ.get("LOOK_EVERY", "0.01")))
 """
 
 

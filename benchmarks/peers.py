@@ -174,7 +174,7 @@ def idle(counts: tuple[int, ...] = (2, 5, 20), seconds: float = 10.0) -> dict[st
                 for node in nodes:
                     node.imported()
                 for node in nodes:
-                    node.begin()
+                    node.begin(LOOK_EVERY="2")
                 for node in nodes:
                     node.started()
                 _all_have(nodes, count - 1, 0.0, timeout=60)

@@ -12,11 +12,12 @@ from typing import Any
 TURNS = 7
 
 _CLOCK = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
+_OURS = "from httpx_p2pcache import P2PCacheTransport"
 _NODE = """
 import json, sys, threading, time
 from pathlib import Path
 from httpx_p2pcache import P2PCacheTransport, Settings
-here = {"listen_host": "127.0.0.1", "listen_port": 0}
+here = {"listen_host": "127.0.0.1", "listen_port": 0, "public_bootstrap": False}
 settings = Settings(dir=Path(sys.argv[1]), shared_secret="a secret for a benchmark", **here)
 began = time.perf_counter()
 transport = P2PCacheTransport(settings=settings)
@@ -34,7 +35,9 @@ def run() -> dict[str, Any]:
     theirs, ours = [], []
     for _ in range(TURNS):
         theirs.append(float(_python(_CLOCK.format("import httpx, hishel.httpx"))))
-        ours.append(float(_python(_CLOCK.format("import httpx, hishel.httpx, httpx_p2pcache"))))
+        ours.append(
+            float(_python(_CLOCK.format("import httpx, hishel.httpx; from httpx_p2pcache import P2PCacheTransport")))
+        )
     nodes = []
     for _ in range(3):
         with tempfile.TemporaryDirectory() as scratch:

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from daemons import TOKEN, Runner
 
-from httpx_p2pcache.testing import Origin
+from httpx_p2pcache.node.discovery import Finder
+from httpx_p2pcache.testing import Origin, Resource
 
 pytest.importorskip("libp2p")
 pytestmark = pytest.mark.p2p
@@ -69,6 +71,41 @@ def test_the_doors_commands_work(runner: Runner, origin: Origin) -> None:
     script = "\n".join(lines("docs/clients.md")).replace("api.github.com", origin.netloc)
     more = {"CACHE_GITHUB_HOSTS": origin.netloc, "GH_TOKEN": TOKEN}
     assert ran(script, runner, **more).count(origin.resources["/repos/octo-org/repo-1"].body.decode()[:40]) >= 1
+
+
+def programs(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/statistics.md", "docs/troubleshooting.md"])
+def test_the_programs_of_a_page_run(page: str, runner: Runner, origin: Origin) -> None:
+    origin.resources["/zen"] = Resource(b"Keep it logically awesome.")
+    for program in programs(page):
+        process = runner.start(program.replace("https://api.github.com", origin.url))
+        assert process.wait(60) == 0, program
+        assert process.stdout is not None
+        said = process.stdout.read()
+        assert ("p2pcache; fwd=miss; stored" in said) is ("/zen" in program)
+
+
+def test_the_way_of_finding_that_is_the_example_finds(origin: Origin) -> None:
+    (program,) = programs("docs/extending.md")
+    names: dict[str, Any] = {}
+    exec(program, names)
+    origin.resources["/peers"] = Resource(
+        b"/ip4/10.0.0.1/tcp/9100/p2p/12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN\n\n"
+    )
+    finder: Finder = names["Listed"](f"{origin.url}/peers")
+    (found,) = finder.find()
+    assert (found.peer_id, found.addresses) == (b"", ("/ip4/10.0.0.1/tcp/9100",))
+    with pytest.raises(OSError, match="404"):
+        names["Listed"](f"{origin.url}/elsewhere").find()
+
+
+def test_every_program_is_run_by_a_test() -> None:
+    pages = {"README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))}
+    here = {"README.md", "docs/quickstart.md", "docs/statistics.md", "docs/troubleshooting.md", "docs/extending.md"}
+    assert {page for page in pages if programs(page)} == here | {"docs/clients.md"}  # of which test_clients runs all
 
 
 def test_every_shell_block_is_run_by_a_test() -> None:
