@@ -36,8 +36,8 @@ def configuration() -> str:
     lines = [
         "# Configuration\n",
         "Environment variables, read when a transport is made; `Settings` takes the same names in lower case without",
-        "`CACHE_`. A value that cannot be used is an error that names the variable and what it expects. A variable that",
-        "is empty counts as not set; a name one letter away from one of these is warned about.\n",
+        "`CACHE_`. A value that cannot be used is an error that names the variable and what it expects. A variable",
+        "that is empty counts as not set; a name one letter away from one of these is warned about.\n",
     ]
     for name, spec in _SPECS.items():
         default = _written(spec.default)
@@ -58,7 +58,10 @@ def options() -> str:
 
     group = typer.main.get_command(app)
     assert isinstance(group, TyperGroup)
-    lines = ["# Every option\n", "What `p2pcache COMMAND --help` says. [Command line](command-line.md) tells what each is for.\n"]
+    lines = [
+        "# Every option\n",
+        "What `p2pcache COMMAND --help` says. [Command line](command-line.md) tells what each is for.\n",
+    ]
     for name, command in group.commands.items():
         lines += [f"## `p2pcache {name}`\n", _dedented(command.help or ""), ""]
         rows = [parameter.get_help_record(_context(command, name)) for parameter in command.params]
