@@ -57,6 +57,17 @@ _skew: ContextVar[float] = ContextVar("skew", default=0.0)
 Step = Callable[[], Awaitable[None]]
 
 
+_monotonic = time.monotonic
+
+
+def _elapsed() -> float:
+    """The virtual clock; to a thread of somebody else's, which is not simulated, the real one."""
+    try:
+        return trio.current_time()
+    except RuntimeError:
+        return _monotonic()
+
+
 def _now() -> float:
     """Unix time, as the node whose task this is believes it to be."""
     return EPOCH + trio.current_time() + _skew.get()
@@ -606,7 +617,7 @@ def _virtual(seed: int) -> Iterator[None]:
     scheduler._ALLOW_DETERMINISTIC_SCHEDULING = True
     scheduler._r.seed(seed)
     try:
-        with mock.patch.multiple(time, time=_now, monotonic=trio.current_time, perf_counter=trio.current_time):
+        with mock.patch.multiple(time, time=_now, monotonic=_elapsed, perf_counter=_elapsed):
             yield
     finally:
         scheduler._ALLOW_DETERMINISTIC_SCHEDULING = before
