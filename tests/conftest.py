@@ -50,6 +50,17 @@ def local(settings_for: Callable[..., Settings]) -> Settings:
     return settings_for(enable_p2p=False)
 
 
+@pytest.fixture
+def no_multicast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes that have no registry in common do not find each other all the same."""
+    mdns = pytest.importorskip("httpx_p2pcache.node.discovery.mdns")
+
+    def fail(*_: object) -> None:
+        raise OSError("no multicast here")
+
+    monkeypatch.setattr(mdns.LocalNetwork, "announce", fail)
+
+
 @pytest.fixture(autouse=True)
 def _said_nothing_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is said once per process is said once per test here."""

@@ -730,6 +730,7 @@ def test_a_stranger_that_is_connected_but_proves_nothing_is_disconnected(
         assert runner.stat("connected_peers") == 0
 
 
+@pytest.mark.usefixtures("no_multicast")
 def test_a_stranger_that_passes_on_a_proof_is_admitted_by_neither(start: Start, origin: Origin, tmp_path: Path) -> None:
     """The man in the middle: he is dialled by one, dials the other, and passes on every byte of both."""
     second = start("b", peer_registry=tmp_path / "of-b")
@@ -761,6 +762,7 @@ def test_a_stranger_that_passes_on_a_proof_is_admitted_by_neither(start: Start, 
         assert len(origin.calls) == 2 * len(TARGETS)
 
 
+@pytest.mark.usefixtures("no_multicast")
 @unclosed
 def test_who_answers_under_another_peer_id_than_the_one_that_was_dialled_is_no_member(
     start: Start, origin: Origin, tmp_path: Path
@@ -781,6 +783,7 @@ def established(port: int) -> int:
     return sum(f":{port:04X}" in f"{line[1]} {line[2]}" and line[3] in ("01", "08") for line in lines)
 
 
+@pytest.mark.usefixtures("no_multicast")
 @unclosed
 def test_a_dial_that_meets_another_peer_id_leaves_no_connection_open(
     start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture

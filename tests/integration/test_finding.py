@@ -57,14 +57,6 @@ def start(settings_for: Callable[..., Settings], tmp_path: Path) -> Iterator[Sta
         yield begin
 
 
-@pytest.fixture
-def no_multicast(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise OSError("no multicast here")
-
-    monkeypatch.setattr(LocalNetwork, "announce", fail)
-
-
 def met(*transports: P2PCacheTransport, how: str, seconds: float = 15.0) -> None:
     assert eventually(lambda: all(one.stats()["connected_peers"] for one in transports), seconds)
     assert how in {peer["how"] for one in transports for peer in one.stats()["peers"]}  # type: ignore[attr-defined]
@@ -158,14 +150,29 @@ def test_without_a_run_of_a_workflow_nobody_is_asked(settings_for: Callable[...,
 # The local network
 
 
-def test_nodes_in_one_local_network_find_each_other(start: Start) -> None:
+@pytest.fixture
+def multicast() -> None:
     import zeroconf
 
     try:
         zeroconf.Zeroconf(interfaces=["127.0.0.1"]).close()
     except OSError as exc:
         pytest.skip(f"no multicast on this machine: {exc}")
+
+
+@pytest.mark.usefixtures("multicast")
+def test_nodes_in_one_local_network_find_each_other(start: Start) -> None:
     met(start("a"), start("b"), how="mdns")
+
+
+@pytest.mark.usefixtures("multicast")
+def test_an_announcement_that_is_withdrawn_while_it_is_made_leaves_nothing() -> None:
+    """A node that ends at once does not wait for it: the thread comes to its end after the node."""
+    before = set(threading.enumerate())
+    network = LocalNetwork(Keyring(b"a secret of sixteen bytes", "default"), "127.0.0.1")
+    network.withdraw()
+    network.announce(b"peer", ["/ip4/127.0.0.1/tcp/9000"])
+    assert eventually(lambda: not set(threading.enumerate()) - before)
 
 
 # The DHT

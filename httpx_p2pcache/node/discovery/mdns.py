@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import socket
+import threading
 import time
 from typing import Any
 
@@ -34,6 +35,8 @@ class LocalNetwork:
         self._interfaces = None if listen_host in ("0.0.0.0", "::") else [listen_host]  # noqa: S104 - compared
         self._heard: dict[str, Sighting] = {}
         self._zeroconf: Any = None
+        self._withdrawn = False
+        self._changing = threading.Lock()
         self._name = f"{secrets.token_hex(8)}.{TYPE}"
 
     def announce(self, peer_id: bytes, addresses: list[str]) -> None:
@@ -53,7 +56,12 @@ class LocalNetwork:
         except BaseException:
             zeroconf.close()
             raise
-        self._zeroconf = zeroconf
+        with self._changing:
+            late = self._withdrawn  # meanwhile: nobody waits for a thread that announces
+            if not late:
+                self._zeroconf = zeroconf
+        if late:
+            zeroconf.close()
 
     def _changed(self, zeroconf: Any, service_type: str, name: str, state_change: Any) -> None:
         if name == self._name or len(self._heard) >= MAX_HEARD:
@@ -74,6 +82,8 @@ class LocalNetwork:
         return list(self._heard.values())
 
     def withdraw(self) -> None:
-        zeroconf, self._zeroconf = self._zeroconf, None
+        with self._changing:
+            self._withdrawn = True
+            zeroconf, self._zeroconf = self._zeroconf, None
         if zeroconf is not None:
             zeroconf.close()
