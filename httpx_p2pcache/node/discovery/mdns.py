@@ -34,7 +34,7 @@ class LocalNetwork:
         self._keyring = keyring
         self._interfaces = None if listen_host in ("0.0.0.0", "::") else [listen_host]  # noqa: S104 - compared
         self._heard: dict[str, Sighting] = {}
-        self._zeroconf: Any = None
+        self._browser: Any = None  # and the instance of zeroconf that it belongs to
         self._withdrawn = False
         self._changing = threading.Lock()
         self._name = f"{secrets.token_hex(8)}.{TYPE}"
@@ -52,16 +52,16 @@ class LocalNetwork:
             info = ServiceInfo(TYPE, self._name, 9, properties=parts, server=self._name, addresses=[b"\x7f\0\0\1"])
             zeroconf.register_service(info, cooperating_responders=True)  # its name is random: nobody else has it
             # Asked by multicast: of two nodes that share the port only one would get an answer to itself.
-            ServiceBrowser(zeroconf, TYPE, handlers=[self._changed], question_type=DNSQuestionType.QM)
+            browser = ServiceBrowser(zeroconf, TYPE, handlers=[self._changed], question_type=DNSQuestionType.QM)
         except BaseException:
             zeroconf.close()
             raise
         with self._changing:
             late = self._withdrawn  # meanwhile: nobody waits for a thread that announces
             if not late:
-                self._zeroconf = zeroconf
+                self._browser = browser
         if late:
-            zeroconf.close()
+            _end(browser)
 
     def _changed(self, zeroconf: Any, service_type: str, name: str, state_change: Any) -> None:
         if name == self._name or len(self._heard) >= MAX_HEARD:
@@ -84,6 +84,11 @@ class LocalNetwork:
     def withdraw(self) -> None:
         with self._changing:
             self._withdrawn = True
-            zeroconf, self._zeroconf = self._zeroconf, None
-        if zeroconf is not None:
-            zeroconf.close()
+            browser, self._browser = self._browser, None
+        if browser is not None:
+            _end(browser)
+
+
+def _end(browser: Any) -> None:
+    browser.cancel()  # which ``close`` does not do: its thread would stay
+    browser.zc.close()
