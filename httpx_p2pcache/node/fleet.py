@@ -391,7 +391,8 @@ class Fleet:
                 member.rtt = await link.ping(PING_SECONDS)
                 member.suspect = False
             except OSError:
-                await link.close()
+                for one in list(member.links):
+                    await one.close()
                 await self.host.disconnect(member.peer_id)
 
         link.heard = trio.current_time()  # asked once per silence

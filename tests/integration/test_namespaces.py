@@ -318,7 +318,7 @@ def test_a_network_that_is_split_answers_all_and_shares_again_when_it_is_whole(
     assert lan.calls() - before <= 4 * 20
     # Each half notices that it is one, and shares as such.
     for runner in runners:
-        assert eventually(lambda runner=runner: runner.peers() == 1)
+        assert eventually(lambda runner=runner: runner.peers() == 1, 20.0)
     before = lan.calls()
     assert slowest(ask(lan.origin, runners, lan.urls(35, 50), at_once=1)) < PROMPT
     assert lan.calls() - before <= 2 * 15 + 3
