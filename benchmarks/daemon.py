@@ -69,8 +69,9 @@ import httpx
 from httpx_p2pcache import P2PCacheTransport
 pause, place, urls = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 client = httpx.Client(transport=P2PCacheTransport(), headers={"Authorization": "Bearer one"}, timeout=30)
-stop, waits, failed, wrong, written = threading.Event(), [], [], [], {}
+stop, waits, failed, wrong, written, writes = threading.Event(), [], [], [], {}, 0
 def work(number):
+    global writes
     turn = 0
     while not stop.is_set():
         for at, url in enumerate(urls[number::4]):
@@ -81,6 +82,7 @@ def work(number):
                     version = time.time_ns()
                     client.put(url, content=json.dumps({"url": url, "version": version}).encode()).raise_for_status()
                     written[url] = version
+                    writes += 1
                 else:
                     answer = client.get(url).raise_for_status().json()
                     name = url.rpartition("/repos/")[2]
@@ -98,7 +100,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 stop.set()
 for thread in threads: thread.join()
-print(json.dumps({"requests": len(waits), "failed": failed, "wrong": len(wrong), "writes": len(written),
+print(json.dumps({"requests": len(waits), "failed": failed, "wrong": len(wrong), "writes": writes,
                   "slowest": max(waits)}))
 client.close()
 """
@@ -249,7 +251,7 @@ def killed() -> dict[str, Any]:
 def soak(seconds: int = 1200) -> dict[str, Any]:
     """100 requests a second by five processes of two runners, reads and writes, while one's daemon and processes are
     killed in turns: is every answer right, and does the other daemon stay as it is?"""
-    with Origin(made_up(200), latency=0.02) as origin:
+    with Origin(made_up(200), latency=0.02, limit=10**6) as origin:
         for resource in origin.resources.values():
             resource.max_age = 5
         with _runners(2, origin) as runners:
@@ -282,6 +284,7 @@ def soak(seconds: int = 1200) -> dict[str, Any]:
     return {
         f"{seconds} s of load: requests of who lived / failed": f"{sum(s['requests'] for s in said)} / "
         f"{sum(len(s['failed']) for s in said)}",
+        "why they failed": ", ".join(sorted({why for s in said for why in s["failed"]})[:5]) or "none did",
         "wrong answers": sum(s["wrong"] for s in said),
         "writes": sum(s["writes"] for s in said),
         "daemons and processes killed": killed,

@@ -166,6 +166,10 @@ class ClaimTable(Generic[Asker]):
         """Those whose claims end before ``before``: whoever has fetched for long should be seen to be alive."""
         return {claim.holder for claim in self._claims.values() if claim.ends < before}
 
+    def parties(self) -> set[Asker]:
+        """Those who have a claim or wait for one."""
+        return {asker for claim in self._claims.values() for asker in (claim.holder, *claim.waiters)}
+
     def _pass_on(self, key: bytes, claim: _Claim[Asker], now: float) -> Told[Asker]:
         if not claim.waiters:
             del self._claims[key]

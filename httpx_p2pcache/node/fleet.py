@@ -27,6 +27,7 @@ from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.node.discovery import Discovery, Sighting
 from httpx_p2pcache.node.discovery.all import discoveries
 from httpx_p2pcache.node.home import Home
+from httpx_p2pcache.node.homes import anchors_among, core_among, peer_of
 from httpx_p2pcache.node.host import Host, announced, is_loopback, reset
 from httpx_p2pcache.node.members import Link, Member
 from httpx_p2pcache.node.protocol import (
@@ -55,7 +56,10 @@ SILENCE_SECONDS = 5.0  # after which a member is asked whether it is still there
 URGENT_SECONDS = 1.0  # the same while somebody waits for it
 PING_SECONDS = 2.0
 COUNTS_SECONDS = 2.0  # between two messages to the members about what has been counted
+JUDGE_SECONDS = 0.01  # for which what is new about members is collected, longer the more there are
 NEWCOMER_SECONDS = 0.5  # within which somebody who has connected is expected to know the others
+IDLE_SECONDS = 30.0  # after which who was asked is left again, in a fleet that is too large for a mesh
+MAX_LINKS = 512  # members beyond which those are left that were not used for longest; each is a socket and some tasks
 MAX_RUNNERS = 1000  # whose counts one member may tell
 MAX_KNOWN = 1000  # members that one member may have
 MAX_HOLDS = 1000  # cache keys in an inventory, the latest used
@@ -81,6 +85,11 @@ class Fleet:
         self.home = Home(self)
         self.search = Search(self, self._discoveries())
         self.unreached = 0  # how many members of our members we cannot reach
+        self._judging = False
+        self._there: set[ID] = set()  # members, and members of members
+        self.large = False  # more nodes than one mesh can have
+        self.core = frozenset({self.host.id})  # see homes
+        self.wanted: frozenset[ID] | None = None  # whom to be connected to: None for everybody
         self.joined = trio.Event()
         self.stopping = trio.Event()
         self.nursery: trio.Nursery
@@ -170,6 +179,7 @@ class Fleet:
                 stream = await self.host.connect(candidate.addresses, peer_id, timeout)
                 keyring = await self._admit(stream, peer_id, dialled=True)
                 link = Link(stream, peer_id, keyring, self._frame_limit)
+                link.dialled = True
                 self.spawn(self._serve, link, candidate.how, candidate.addresses)
                 await link.introduced.wait()
             if link.closed.is_set():
@@ -184,6 +194,7 @@ class Fleet:
         try:
             with trio.fail_after(ADMISSION_SECONDS):
                 keyring = await self._admit(stream, peer_id, dialled=False)
+            peer_id = peer_of(peer_id.to_bytes())
         except Exception as exc:
             logger.debug("a peer was not admitted: %r", exc)
             self.stats.add("rejected")
@@ -237,10 +248,10 @@ class Fleet:
             self._part_from(link)
 
     async def _introduce(self, link: Link) -> None:
-        members = [(m.peer_id.to_bytes(), m.addresses[:16]) for m in self.members.values()][:MAX_KNOWN]
+        members = [(p.to_bytes(), m.addresses[:16]) for p, m in self.members.items() if self._matters(p)]
         takes, ready = self.settings.max_body_size, self.joined.is_set()
         addresses, host = self.addresses[:16], socket.gethostname()
-        link.told, link.told_unreached = {ID(peer_id) for peer_id, _ in members}, self.unreached
+        link.told, link.told_unreached = {peer_of(peer_id) for peer_id, _ in members}, self.unreached
         await link.send(Introduce(addresses, host, members, takes, ready, self.unreached))
 
     def _introduced(self, link: Link, said: Introduce, how: str, addresses: list[str]) -> None:
@@ -260,6 +271,9 @@ class Fleet:
             self._is_ready(member)
         link.introduced.set()
         self.search.sighted(Sighting(peer_id=link.peer_id.to_bytes(), addresses=tuple(reachable), how=how))
+        known = self.search.candidates.get(link.peer_id)
+        if known is not None:
+            known.doubted = False
         link.knows = set()
         self._acquainted(link, Acquainted(said.members, [], said.unreached))
         if self.joined.is_set() and link.peer_id not in self._called_ready:
@@ -274,8 +288,8 @@ class Fleet:
         for peer_id, addresses in said.come:
             known = tuple(a for a in addresses if local or not is_loopback(a))
             self.search.sighted(Sighting(peer_id=peer_id, addresses=known, how="peers"))
-        link.knows |= {ID(peer_id) for peer_id, _ in said.come}
-        link.knows -= {ID(peer_id) for peer_id in said.gone}
+        link.knows |= {peer_of(peer_id) for peer_id, _ in said.come}
+        link.knows -= {peer_of(peer_id) for peer_id in said.gone}
         # Of two links the one that spoke last says how things are.
         member.knows, member.unreached = set(list(link.knows)[:MAX_KNOWN]), said.unreached
         self.reach_changed()
@@ -287,18 +301,50 @@ class Fleet:
         self.reach_changed()
 
     def reach_changed(self) -> None:
-        """Somebody has come or gone, here or at a member: do we still reach all whom our members reach?"""
-        known: set[ID] = set().union(*(member.knows for member in self.members.values()))
-        self.unreached = self.search.candidates.unreached(known - {self.host.id, *self.members}, trio.current_time())
-        # Each is told what is new since it was told last. Two that come at the same moment learn of each other only so.
+        """Somebody has come or gone, here or at a member: what that means is found out soon, for all who do at once."""
+        if not self._judging:
+            self._judging = True
+            self.spawn(self._judge)
+
+    async def _judge(self) -> None:
+        """Do we still reach all whom our members reach? Each member is told what is new since it was told last: two
+        that come at the same moment learn of each other only so."""
+        await trio.sleep(min(max(JUDGE_SECONDS, len(self.members) * JUDGE_SECONDS / 5), GRACE_SECONDS))
+        self._judging = False
+        told: set[ID] = set().union(*(member.knows for member in self.members.values())) - {self.host.id}
+        there, before = told | self.members.keys(), self._there
+        self._there = there
+        if self.large:  # where not everybody is dialled, who is known to nobody any more is not counted upon
+            self.search.candidates.doubt(before - there)
+        self.find_core()
+        missing = told - self.members.keys() if self.wanted is None else (told & self.wanted) - self.members.keys()
+        self.unreached = self.search.candidates.unreached(missing, trio.current_time())
+        shown = {peer_id for peer_id in self.members if self._matters(peer_id)}
         for member in list(self.members.values()):
             if member.links and (link := member.links[0]).introduced.is_set():
-                ours = self.members.keys() - {link.peer_id}
-                come, gone = sorted(ours - link.told, key=ID.to_bytes), sorted(link.told - ours, key=ID.to_bytes)
-                if come or gone or link.told_unreached != self.unreached:
-                    link.told, link.told_unreached = (link.told | set(come)) - set(gone), self.unreached
+                ours = shown - {link.peer_id}
+                if ours != link.told or link.told_unreached != self.unreached:
+                    come, gone = sorted(ours - link.told, key=ID.to_bytes), sorted(link.told - ours, key=ID.to_bytes)
+                    link.told, link.told_unreached = ours, self.unreached
                     new = [(p.to_bytes(), self.members[p].addresses[:16]) for p in come]
                     self.spawn(link.send, Acquainted(new, [p.to_bytes() for p in gone], self.unreached))
+
+    def _matters(self, peer_id: ID) -> bool:
+        """Whether everybody should know of it: it can be a home."""
+        return not self.large or peer_id in self.core
+
+    def find_core(self) -> None:
+        """Who are the homes, and to whom are we connected? In a small fleet the same: everybody."""
+        ours, candidates = self.host.id, self.search.candidates
+        known = candidates.promising() | self.members.keys() | {ours}
+        self.core, self.wanted = core_among(known), None
+        self.large = len(self.core) < len(known)
+        if self.large:
+            failing = core_among(candidates.everybody() | known) - self.core
+            linked = self.core & self.members.keys()
+            # Who fails to reach more of the core than it reaches, behind NAT, tries them all.
+            central = ours in self.core or len(failing) > len(linked)
+            self.wanted = (self.core if central else anchors_among(self.core, ours)) | failing
 
     def unknown_to(self, peer_id: ID) -> list[Member]:
         """The members whom a member cannot tell something itself."""
@@ -334,6 +380,7 @@ class Fleet:
             while any(
                 not member.ready and trio.current_time() - member.met < NEWCOMER_SECONDS
                 for member in self.members.values()
+                if self._matters(member.peer_id)
             ):
                 await self._somebody_ready.wait()
 
@@ -369,12 +416,33 @@ class Fleet:
                 member = list(self.members.values())[turn // 4 % len(self.members)]
                 if member.links:
                     self.spawn(self._introduce, member.links[0])
+                self.spawn(self._let_go)
             self.home.expire()
             waited_for = self.home.waited_for()
             for member in list(self.members.values()):
                 silence = now - member.heard()
                 if silence > SILENCE_SECONDS or (silence > URGENT_SECONDS and member.peer_id in waited_for):
                     self._ask_whether_there(member)
+
+    async def _let_go(self) -> None:
+        """In a large fleet: whom we have asked and do not need any more, and more than we can keep.
+
+        A node of the core leaves nobody who may be anchored there, unless they are too many.
+        """
+        if not self.large:
+            return
+        ours, engaged, now = self.host.id, self.home.engaged(), trio.current_time()
+        free = [
+            m for p, m in self.members.items() if p not in (self.wanted or ()) and p not in engaged and not m.busy()
+        ]
+        free.sort(key=Member.used)
+        surplus = max(0, len(self.members) - MAX_LINKS)
+        idle = [m for m in free[surplus:] if now - m.used() > IDLE_SECONDS and (m.dialled() or m.peer_id in self.core)]
+        for member in free[:surplus] + (idle if ours not in self.core else []):
+            self._there.discard(member.peer_id)  # it is not gone
+            for link in list(member.links):
+                await link.close()
+            await self.host.disconnect(member.peer_id)
 
     def suspect(self, peer_id: ID) -> None:
         """It has not answered in time: it is left alone until it is heard of, and dropped if it is not."""
@@ -406,7 +474,8 @@ class Fleet:
             self.counts = TellCounts(runner, {name: n for name, n in total(counts).items() if n})
             for member in list(self.members.values()):
                 known = [self.counts]  # and what comes from those whom it does not know itself
-                known += [one for m in self.unknown_to(member.peer_id) for one in m.counts.values()]
+                if not self.large:
+                    known += [one for m in self.unknown_to(member.peer_id) for one in m.counts.values()]
                 for one in known:
                     if one.runner and member.told_counts.get(one.runner) != one:
                         member.told_counts[one.runner] = one

@@ -1,7 +1,7 @@
 """*Who has it?* Questions, claims, publications and invalidations among the members.
 
-The home of a cache key is one member, the same in the eyes of all who see the same members (rendezvous hashing: Thaler
-and Ravishankar 1998). It keeps the key's claims and a copy of what is published. A node asks the home one question::
+The home of a cache key is one node, the same in the eyes of all who know the same nodes (:mod:`.homes`). It keeps the
+key's claims and a copy of what is published. A node asks the home one question::
 
     asker              home                          claimant
       │ Ask ────────────> has it fresh:  Found ──> asker
@@ -14,18 +14,17 @@ Membership may be seen differently for a moment; then a key has two homes, and t
 home is told in the :class:`Inventory` of each member what that member holds, and what it is fetching.
 
 Where not everybody can reach everybody (NAT), each tells its members how many of *their* members it cannot reach, and
-only those that reach the most are homes (:func:`home_among`): a fleet around one reachable node has all of them there.
+only those that reach the most are homes: a fleet around one reachable node has all of them there.
 What concerns everybody, a write or a quota, is passed on to those whom its sender does not know.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -38,6 +37,7 @@ from httpx_p2pcache.claims import CLAIM_LIFE, ClaimTable, Go, Look, Pending, Tid
 from httpx_p2pcache.claims import Granted as ClaimGranted
 from httpx_p2pcache.entries import Entry, cache_key
 from httpx_p2pcache.network import Answer, Awaited, FleetClaim, Question, Unclaimed
+from httpx_p2pcache.node.homes import home_among
 from httpx_p2pcache.node.members import Link, Member
 from httpx_p2pcache.node.protocol import (
     Ask,
@@ -115,7 +115,7 @@ class Home:
         try:
             await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
             for _ in range(MAX_HOMES):
-                home = self._home_of(question.key)
+                home = await self._home_of(question.key)
                 asked = self._ask_here(question, future) if home is None else self._ask_there(home, question, future)
                 later = await asked
                 if later is None:
@@ -126,11 +126,38 @@ class Home:
         finally:
             self._resolve(future, Unclaimed(), question)
 
-    def _home_of(self, key: bytes) -> Member | None:
-        """The member that is home to ``key``; None if it is this node."""
-        members = {m.peer_id: m for m in self._fleet.members.values() if m.usable()}
-        reach = {peer_id: member.unreached for peer_id, member in members.items()}
-        return members.get(home_among({**reach, self._fleet.host.id: self._fleet.unreached}, key))
+    async def _home_of(self, key: bytes) -> Member | None:
+        """The member that is home to ``key``, if need be connected to first; None if it is this node.
+
+        Raises OSError if it is not reached in time, and that its place is another's then.
+        """
+        fleet = self._fleet
+        for _ in range(MAX_HOMES):
+            home = self._who_is_home(key)
+            if home == fleet.host.id:
+                return None
+            if home not in fleet.members:
+                try:
+                    await fleet.search.reach(home, fleet.settings.lookup_timeout)
+                except OSError:
+                    fleet.find_core()  # without it
+                    continue
+                if not fleet.members[home].usable():
+                    continue
+            return fleet.members[home]
+        raise OSError("no home is reached")
+
+    def _who_is_home(self, key: bytes) -> ID:
+        fleet = self._fleet
+        unreached = {m.peer_id: m.unreached for m in fleet.members.values() if m.usable()}
+        if fleet.large:  # who is no member is dialled once it is asked
+            known = {p: unreached.get(p, 0) for p in fleet.core if p in unreached or p not in fleet.members}
+            known.pop(fleet.host.id, None)
+            # The hub of a large fleet behind NAT need not be of its core.
+            if known and fleet.host.id not in fleet.core and fleet.unreached >= min(known.values()):
+                return home_among(known, key)
+            unreached = known
+        return home_among({**unreached, fleet.host.id: fleet.unreached}, key)
 
     async def _ask_there(self, home: Member, question: Question, future: Future[Answer]) -> Future[Answer] | None:
         """Ask a member; a future if it was lost before it had answered that, which is then still to be answered."""
@@ -220,8 +247,11 @@ class Home:
         """This node's claim has ended without an entry: told to who granted it, and to who is the home by now."""
         held = self._fetching.pop(claim, None)
         self._tell(self._claims.release(claim, id_, verdict, trio.current_time()))
-        home = self._home_of(key)
         granter = None if held is None else self._fleet.members.get(held.granter)
+        try:
+            home = await self._home_of(key)
+        except OSError:
+            home = None
         for member in {m.peer_id: m for m in (home, granter) if m is not None}.values():
             try:
                 await member.link.send(Release(claim, id_, verdict))
@@ -234,27 +264,36 @@ class Home:
         Not ``widely``: to the home alone. Where a home is too busy to answer in time every member may be fetching the
         same, and the last thing it needs is a copy from each.
         """
-        self._fetching.pop(claim, None)
+        held = self._fetching.pop(claim, None)
         self._tell(self._claims.release(claim, None, Verdict.PUBLISHED, trio.current_time()))
         if not self._fleet.members:
             return
         key = cache_key(entry.url)
         parcel = Parcel(entry, refreshed=refreshed)
-        home = self._home_of(key)
-        if home is not None and len(entry.body) > home.takes:
-            home = None
         self._publishing += 1
         try:
-            served = set() if home is None else await self._publish_at(home, key, claim, parcel)
+            served = await self._publish_at_home(key, claim, parcel)
+            # In a large fleet it is pulled from the home; only who has granted the claim as well is not left waiting.
+            everybody = widely and not self._fleet.large
             async with trio.open_nursery() as nursery:
-                for member in list(self._fleet.members.values()) if widely else ():
-                    if member.peer_id.to_bytes() not in served and len(entry.body) <= member.takes:
+                for member in list(self._fleet.members.values()):
+                    concerned = everybody or (held is not None and member.peer_id == held.granter)
+                    if concerned and member.peer_id.to_bytes() not in served and len(entry.body) <= member.takes:
                         nursery.start_soon(self._push, member, key, claim, parcel)
         finally:
             self._publishing -= 1
             if not self._publishing:
                 self._all_published.set()
                 self._all_published = trio.Event()
+
+    async def _publish_at_home(self, key: bytes, claim: bytes, parcel: Parcel) -> set[bytes]:
+        try:
+            home = await self._home_of(key)
+        except OSError:
+            return set()
+        if home is None or len(parcel.entry.body) > home.takes:
+            return set()
+        return await self._publish_at(home, key, claim, parcel)
 
     async def _publish_at(self, home: Member, key: bytes, claim: bytes, parcel: Parcel) -> set[bytes]:
         """Give the home the first form of the entry that it can use; returns who has the entry by that."""
@@ -458,11 +497,23 @@ class Home:
         for claim, held in self._fetching.items():
             if held.granter != peer_id or held.ends <= now:
                 continue
-            home = self._home_of(held.key)
-            if home is None:
+            if self._who_is_home(held.key) == self._fleet.host.id:
                 self._claims.adopt(claim, Asker(self._fleet.host.id, 0, _nobody), held.ends, held.id)
             else:
-                self._fleet.spawn(home.link.send, Fetching([(claim, held.id, held.ends - now)]))
+                self._fleet.spawn(self._tell_new_home, claim, held)
+
+    async def _tell_new_home(self, claim: bytes, held: _Fetch) -> None:
+        home = await self._home_of(held.key)
+        if home is not None:
+            await home.link.send(Fetching([(claim, held.id, held.ends - trio.current_time())]))
+
+    def engaged(self) -> set[ID]:
+        """Members whom a fetch joins with us: they wait or fetch for us, or we for them."""
+        return {
+            *self._waiting_at.values(),
+            *(held.granter for held in self._fetching.values()),
+            *(asker.peer_id for asker in self._claims.parties()),
+        }
 
     def expire(self) -> None:
         """Claims whose end has come pass on."""
@@ -494,20 +545,6 @@ class Home:
         for claim, id_, left in fetching:
             ends = trio.current_time() + min(left, self._life)
             self._claims.adopt(claim, Asker(peer_id, 0, _nobody), ends, id_)
-
-
-def home_among(unreached: Mapping[ID, int], key: bytes) -> ID:
-    """The home of ``key`` among nodes of which each has that many members of the fleet that it cannot reach.
-
-    Only those that reach the most can be homes: in a fleet behind NAT that is its hub, and every node sees the same.
-    Among these rendezvous hashing decides, so that a node that comes or goes moves its own keys alone.
-    """
-    least = min(unreached.values())
-
-    def weight(peer_id: ID) -> bytes:
-        return hashlib.blake2b(peer_id.to_bytes() + key, digest_size=8).digest()
-
-    return max((peer_id for peer_id, count in unreached.items() if count == least), key=weight)
 
 
 def _nobody(tidings: Tidings) -> None:

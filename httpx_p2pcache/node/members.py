@@ -18,11 +18,17 @@ from httpx_p2pcache.node.protocol import (
     ANSWERS,
     Acquainted,
     Answering,
+    Ask,
     Done,
+    Found,
     Granted,
     Introduce,
     Message,
+    Nothing,
     Ping,
+    Publish,
+    Published,
+    Push,
     TellCounts,
     pack,
     read_frame,
@@ -32,6 +38,7 @@ from httpx_p2pcache.node.protocol import (
 logger = logging.getLogger("httpx_p2pcache")
 
 WRITE_SECONDS = 5.0  # a peer that does not read for so long is gone
+USES = (Ask, Publish, Push, Found, Granted, Nothing, Published)
 CALLS_AT_ONCE = 128  # of one peer's that we work on at a time; more wait in its stream
 
 
@@ -57,6 +64,8 @@ class Link:
         self.knows: set[ID] = set()  # its members, as it has told us here ...
         self.told: set[ID] = set()  # ... and ours, as we have told it
         self.told_unreached = 0
+        self.dialled = False  # by us
+        self.used = trio.current_time()  # for a question or an entry, the last time
         self.received = 0  # bytes of frames
         self.sent = 0
 
@@ -122,6 +131,8 @@ class Link:
                     self.last = time.monotonic()
                     message = unpack(body)
                     self.heard = trio.current_time()
+                    if isinstance(message, USES):
+                        self.used = self.heard
                     if isinstance(message, ANSWERS) and self._answered(message):
                         continue
                     if isinstance(message, Ping):  # answered whatever else is under way
@@ -148,6 +159,11 @@ class Link:
         except trio.WouldBlock:
             raise Rejected("more answers than a call can have") from None
         return True
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call of ours is under way."""
+        return bool(self._pending)
 
     def forget(self, number: int) -> None:
         channel = self._pending.pop(number, None)
@@ -236,6 +252,18 @@ class Member:
     def heard(self) -> float:
         """When it was last heard of, in the loop's time."""
         return max((link.heard for link in self.links), default=0.0)
+
+    def used(self) -> float:
+        """When it was last asked, or asked us, in the loop's time."""
+        return max((link.used for link in self.links), default=0.0)
+
+    def busy(self) -> bool:
+        """Whether a call of ours is under way."""
+        return any(link.busy for link in self.links)
+
+    def dialled(self) -> bool:
+        """Whether we have dialled it."""
+        return any(link.dialled for link in self.links)
 
     def describe(self) -> dict[str, object]:
         """As ``status`` shows it: plain values, the round trip in milliseconds."""

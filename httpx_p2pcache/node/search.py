@@ -12,6 +12,7 @@ from libp2p.peer.id import ID
 
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.node.discovery import Discovery, Sighting
+from httpx_p2pcache.node.homes import peer_of
 
 if TYPE_CHECKING:
     from httpx_p2pcache.node.fleet import Fleet
@@ -48,6 +49,7 @@ class Candidate:
     failures: int = 0
     next_try: float = 0.0
     dialling: bool = False
+    doubted: bool = False  # a member says that it is gone, and none that it is there
     turned_out: ID | None = None
 
     def failed(self, now: float, *, refused: bool) -> None:
@@ -70,7 +72,7 @@ class Candidates:
     def sighted(self, sighting: Sighting, now: float) -> bool:
         """Somebody may be there; whether that is news."""
         try:
-            peer_id = ID(sighting.peer_id) if sighting.peer_id else None
+            peer_id = peer_of(sighting.peer_id) if sighting.peer_id else None
         except Exception:  # py-libp2p has no one error for a peer ID that is none
             return False
         if peer_id == self.ours or not sighting.addresses:
@@ -80,6 +82,7 @@ class Candidates:
             # What it says of itself once it is a member is more than what is said of it.
             known.addresses = list(dict.fromkeys([*sighting.addresses, *known.addresses]))[:16]
             known.seen = now
+            known.doubted = known.doubted and sighting.how != "peers"
             return False
         if len(self._known) >= MAX_CANDIDATES:
             return False
@@ -96,15 +99,36 @@ class Candidates:
         since = [(self._known.get(p), self._awaited.setdefault(p, now)) for p in peer_ids]
         return sum(1 for known, first in since if known is None or known.failures or now - first >= GRACE_SECONDS)
 
+    def promising(self) -> set[ID]:
+        """Who may well be there: neither dialled in vain nor doubted."""
+        return {
+            one.peer_id
+            for one in self._known.values()
+            if one.peer_id is not None and not one.failures and not one.doubted
+        }
+
+    def everybody(self) -> set[ID]:
+        """Who may be there."""
+        return {one.peer_id for one in self._known.values() if one.peer_id is not None}
+
+    def doubt(self, peer_ids: Collection[ID]) -> None:
+        """Nobody knows them any more."""
+        for peer_id in peer_ids:
+            if peer_id in self._known:
+                self._known[peer_id].doubted = True
+
     def dialling(self) -> bool:
         return any(one.dialling for one in self._known.values())
 
-    def due(self, members: Collection[ID], now: float) -> list[Candidate]:
-        """Whom to dial now."""
+    def due(self, members: Collection[ID], now: float, wanted: Collection[ID] | None = None) -> list[Candidate]:
+        """Whom to dial now; of those who are ``wanted``, or else of all."""
         return [
             one
             for one in self._known.values()
-            if (one.peer_id or one.turned_out) not in members and not one.dialling and one.next_try <= now
+            if (one.peer_id or one.turned_out) not in members
+            and not one.dialling
+            and one.next_try <= now
+            and (wanted is None or one.peer_id in wanted)
         ][:DIALS_AT_ONCE]
 
     def forget_lost(self, members: Collection[ID], now: float) -> list[ID]:
@@ -137,6 +161,7 @@ class Search:
         self._discoveries = discoveries
         self._failed: set[str] = set()
         self._news = trio.Event()
+        self._dialled = trio.Event()
         self.candidates = Candidates(fleet.host.id)
 
     async def run(self, joined: Callable[[], Awaitable[None]]) -> None:
@@ -225,7 +250,22 @@ class Search:
         now, members = trio.current_time(), self._fleet.members
         for peer_id in self.candidates.forget_lost(members, now):
             self._fleet.host.forget(peer_id)
-        return self.candidates.due(members, now)
+        self._fleet.find_core()  # whoever was just told of may be more than one mesh can have
+        return self.candidates.due(members, now, self._fleet.wanted)
+
+    async def reach(self, peer_id: ID, timeout: float) -> None:
+        """Dial somebody who is known, now. Raises OSError if it is no member within ``timeout`` seconds."""
+        candidate = self.candidates.get(peer_id)
+        if candidate is None:
+            raise OSError("it is not known any more")
+        if not candidate.dialling:
+            candidate.dialling = True
+            self._fleet.spawn(self._dial, candidate)
+        with trio.move_on_after(timeout):
+            while candidate.dialling:
+                await self._dialled.wait()
+        if peer_id not in self._fleet.members:
+            raise OSError("it is not reached")
 
     async def _dial(self, candidate: Candidate) -> None:
         try:
@@ -238,10 +278,12 @@ class Search:
             logger.debug("a peer found by %s was not reached: %r", candidate.how, exc)
             candidate.failed(trio.current_time(), refused=isinstance(exc, Rejected))
         else:
-            candidate.failures = 0
+            candidate.failures, candidate.doubted = 0, False
         finally:
             candidate.dialling = False
             self._news.set()
+            self._dialled.set()
+            self._dialled = trio.Event()
             self._fleet.reach_changed()
 
     async def _find_out(self, candidate: Candidate, timeout: float) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import itertools
 import random
 import sqlite3
 import time
@@ -30,6 +31,7 @@ from typing import Any
 from unittest import mock
 
 import hishel
+import msgspec
 import trio
 import trio.testing
 from hishel import Headers
@@ -313,7 +315,7 @@ class SimulatedHost:
 
 
 class _Everybody:
-    """Finds who has ever listened, the dead included."""
+    """Finds who has ever listened, the dead included; or the first ``known`` of them."""
 
     name, pause, late = "everybody", 0.0, False
 
@@ -326,7 +328,7 @@ class _Everybody:
         known = self._node.network.nodes
         return [
             Sighting(peer_id=node.fleet.host.id.to_bytes(), addresses=(address,), how="registry")
-            for address, node in known.items()
+            for address, node in itertools.islice(known.items(), self._node.simulation.known)
         ]
 
     async def withdraw(self) -> None: ...
@@ -394,7 +396,8 @@ class SimulatedNode:
 
     def begin(self) -> None:
         """Start, or start again after a crash, with an empty store."""
-        settings, stats, quotas = self.simulation.settings, Stats(), QuotaBoard()
+        settings = msgspec.structs.replace(self.simulation.settings, announce_addrs=(self.address,))
+        stats, quotas = Stats(), QuotaBoard()
         github, keyring = GitHub(settings, stats), self.simulation.keyring
         self.store = _MemoryStore(settings.dir, max_size=0, default_ttl=0, any_coding=github.follows)
         _Fleet.node = self
@@ -437,7 +440,11 @@ class SimulatedNode:
 
 
 class Simulation:
-    """``nodes`` runners of one fleet; see the module's head. ``seed`` decides everything that chance decides."""
+    """``nodes`` runners of one fleet; see the module's head. ``seed`` decides everything that chance decides.
+
+    Each node finds all others by itself, or the first ``known``, and is told of the rest by these. They begin ``apart``
+    seconds one after another.
+    """
 
     def __init__(
         self,
@@ -447,9 +454,11 @@ class Simulation:
         weather: Weather | None = None,
         latency: float = 0.08,
         skew: float = 0.0,
+        known: int | None = None,
+        apart: float = 0.0,
         **settings: Any,
     ) -> None:
-        self.seed = seed
+        self.seed, self.known, self.apart = seed, known, apart
         self.chance = random.Random(seed)  # noqa: S311 - it is meant to be repeatable
         self.settings = Settings(dir=Path("/nonexistent"), shared_secret=SECRET, github_hosts=(HOST,), **settings)
         self.keyring = Keyring(SECRET.encode(), "simulation")
@@ -550,6 +559,8 @@ class Simulation:
         async with trio.open_nursery() as nursery, trio.open_nursery() as self.network.nursery:
             for node in self.nodes:
                 node.begin()
+                if self.apart:
+                    await trio.sleep(self.apart)
             for when, step in sorted(self._steps, key=lambda one: one[0]):
                 nursery.start_soon(self._later, when, step)
             try:
@@ -559,7 +570,8 @@ class Simulation:
                 nursery.cancel_scope.cancel()
 
     async def formed(self, timeout: float = 30.0) -> bool:
-        """Wait until every node that is alive is connected to all others, and ready; false if that takes too long."""
+        """Wait until every node that is alive is connected to all it should be (:mod:`httpx_p2pcache.node.homes`), and
+        ready; false if that takes too long."""
         with trio.move_on_after(timeout):
             while not self._is_formed():  # noqa: ASYNC110 - of all nodes at once there is no event
                 await trio.sleep(0.05)
@@ -581,11 +593,13 @@ class Simulation:
 
     def _is_formed(self) -> bool:
         alive = [node for node in self.nodes if node.alive]
+        everybody = {node.fleet.host.id for node in alive}
         return all(
-            len(node.fleet.members) == len(alive) - 1
+            (node.fleet.wanted or everybody) - {node.fleet.host.id} <= node.fleet.members.keys()
+            and node.fleet.core == alive[0].fleet.core <= everybody
             and node.fleet.joined.is_set()
             and not node.fleet.unreached
-            and all(member.usable() and not member.unreached for member in node.fleet.members.values())
+            and all(m.usable() and not m.unreached for p, m in node.fleet.members.items() if p in node.fleet.core)
             for node in alive
         )
 

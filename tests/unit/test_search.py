@@ -17,7 +17,7 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.peer.id import ID
 
 from httpx_p2pcache.node.discovery import Sighting
-from httpx_p2pcache.node.home import home_among
+from httpx_p2pcache.node.homes import home_among
 from httpx_p2pcache.node.host import MAX_FAILURES, MAX_STRANGERS, NOISY_SECONDS, Gate, kept_seed
 from httpx_p2pcache.node.search import (
     BACK_OFF_SECONDS,

@@ -1,0 +1,55 @@
+"""*Whose key is it?* Which nodes are homes, and of what: the same in the eyes of all who know the same nodes.
+
+A fleet of up to :data:`MESH` nodes is one mesh: everybody is connected to everybody, and a home. In a larger one the
+:data:`MESH` nodes of least weight are the core: among them it is as in a small fleet, and they alone are homes. All
+others keep a connection to :data:`ANCHORS` of them, and have others to those whom they ask, for as long as they ask. So
+neither what a node has to know grows with the fleet, nor what a miss costs.
+
+Weights are those of rendezvous hashing (Thaler and Ravishankar 1998): who comes or goes moves its own part alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+
+from libp2p.peer.id import ID
+
+MESH = 50
+ANCHORS = 2  # by which a node outside the core hears of writes, quotas and the core's changes
+
+
+def home_among(unreached: Mapping[ID, int], key: bytes) -> ID:
+    """The home of ``key`` among nodes of which each has that many members of the fleet that it cannot reach.
+
+    Only those that reach the most can be homes: in a fleet behind NAT that is its hub, and every node sees the same.
+    """
+    least = min(unreached.values())
+    return max((peer_id for peer_id, count in unreached.items() if count == least), key=lambda p: _weight(p, key))
+
+
+def core_among(known: Collection[ID]) -> frozenset[ID]:
+    """The core of a fleet of these nodes: all of them, up to :data:`MESH`."""
+    return frozenset(known if len(known) <= MESH else heapq.nsmallest(MESH, known, key=_rank))
+
+
+def anchors_among(core: Collection[ID], ours: ID) -> frozenset[ID]:
+    """Those of the core to whom a node outside it keeps a connection: spread evenly over the core."""
+    return frozenset(heapq.nlargest(ANCHORS, core, key=lambda p: _weight(p, ours.to_bytes())))
+
+
+@lru_cache(maxsize=16_384)
+def peer_of(data: bytes) -> ID:
+    """The peer ID of these bytes: always the same object, as libp2p's compare slowly. Raises what libp2p raises."""
+    return ID(data)
+
+
+def _weight(peer_id: ID, key: bytes) -> bytes:
+    return hashlib.blake2b(peer_id.to_bytes() + key, digest_size=8).digest()
+
+
+@lru_cache(maxsize=16_384)
+def _rank(peer_id: ID) -> bytes:
+    return _weight(peer_id, b"core")
