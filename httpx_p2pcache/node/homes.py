@@ -32,7 +32,7 @@ def home_among(unreached: Mapping[ID, int], key: bytes) -> ID:
 
 def core_among(known: Collection[ID]) -> frozenset[ID]:
     """The core of a fleet of these nodes: all of them, up to :data:`MESH`."""
-    return frozenset(known if len(known) <= MESH else heapq.nsmallest(MESH, known, key=_rank))
+    return frozenset(known if len(known) <= MESH else heapq.nsmallest(MESH, known, key=rank))
 
 
 def anchors_among(core: Collection[ID], ours: ID) -> frozenset[ID]:
@@ -51,5 +51,6 @@ def _weight(peer_id: ID, key: bytes) -> bytes:
 
 
 @lru_cache(maxsize=16_384)
-def _rank(peer_id: ID) -> bytes:
+def rank(peer_id: ID) -> bytes:
+    """The least are the core."""
     return _weight(peer_id, b"core")

@@ -27,7 +27,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import hishel
@@ -42,6 +42,7 @@ from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exchange import Exchange
 from httpx_p2pcache.github import GitHub
 from httpx_p2pcache.ledger import Ledger
+from httpx_p2pcache.node import homes
 from httpx_p2pcache.node.discovery import Discovery, Sighting
 from httpx_p2pcache.node.embedded import EmbeddedNode
 from httpx_p2pcache.node.fleet import Fleet
@@ -219,8 +220,10 @@ class SimulatedNetwork:
         self.chance, self.weather = chance, weather
         self.nodes: dict[str, SimulatedNode] = {}
         self.parted: Callable[[int, int], bool] = lambda _a, _b: False
-        self.frames = self.bytes = self.faults = 0
+        self.frames = self.bytes = self.faults = self.dials = 0
         self.by_node: Counter[int] = Counter()
+        self.by_kind: Counter[str] = Counter()  # of frames; and the bytes of each
+        self.bytes_by_kind: Counter[str] = Counter()
         self.nursery: trio.Nursery
 
     def reaches(self, a: SimulatedNode, b: SimulatedNode) -> bool:
@@ -230,6 +233,9 @@ class SimulatedNetwork:
         self.frames += 1
         self.bytes += len(frame)
         self.by_node[pipe.sender.number] += 1
+        kind = frame[6 : 6 + (frame[5] & 0x1F)].decode("ascii", "replace")  # msgpack: an array, and a short string
+        self.by_kind[kind] += 1
+        self.bytes_by_kind[kind] += len(frame)
         now, chance, weather = trio.current_time(), self.chance, self.weather
         if not self.reaches(pipe.sender, pipe.receiver):
             return
@@ -258,6 +264,10 @@ class SimulatedNetwork:
                 pipe.send.send_nowait(frame)
 
 
+def _some_id(chance: random.Random) -> ID:
+    return ID(b"\x00\x24" + hashlib.sha512(f"{chance.random()}".encode()).digest()[:36])
+
+
 class SimulatedHost:
     """In the place of ``node.host.Host``."""
 
@@ -265,7 +275,7 @@ class SimulatedHost:
         self._node, self._on_stream = node, on_stream
         self._streams: dict[ID, list[SimulatedStream]] = {}
         self.visiting: dict[ID, int] = {}
-        self.id = ID(b"\x00\x24" + hashlib.sha512(f"{node.network.chance.random()}".encode()).digest()[:36])
+        self.id = node.ids.pop() if node.ids else _some_id(node.network.chance)
 
     @contextlib.asynccontextmanager
     async def listening(self, address: str, port: int) -> AsyncIterator[int]:  # noqa: ARG002 - Host's signature
@@ -274,6 +284,7 @@ class SimulatedHost:
 
     async def connect(self, addresses: list[str], peer_id: ID, timeout: float) -> SimulatedStream:
         network, us = self._node.network, self._node
+        network.dials += 1
         them = network.nodes.get(addresses[0])
         await trio.sleep(network.chance.uniform(*network.weather.delay) * 4)
         if them is None or not them.alive or them.fleet.host.id != peer_id:
@@ -317,10 +328,11 @@ class SimulatedHost:
 class _Everybody:
     """Finds who has ever listened, the dead included; or the first ``known`` of them."""
 
-    name, pause, late = "everybody", 0.0, False
+    name, late = "everybody", False
 
     def __init__(self, node: SimulatedNode) -> None:
         self._node = node
+        self.pause = 0.0 if node.simulation.known is None else 2.0
 
     async def announce(self, peer_id: bytes, addresses: list[str]) -> None: ...
 
@@ -390,6 +402,7 @@ class SimulatedNode:
         self.network = simulation.network
         self.address = f"/ip4/10.0.0.{number}/tcp/1"
         self.alive = False
+        self.ids: list[ID] = []  # that it is to have when it begins
         self._frozen: trio.Event | None = None
         self.life = trio.CancelScope()
         self.requests: set[trio.CancelScope] = set()
@@ -442,7 +455,8 @@ class SimulatedNode:
 class Simulation:
     """``nodes`` runners of one fleet; see the module's head. ``seed`` decides everything that chance decides.
 
-    Each node finds all others by itself, or the first ``known``, and is told of the rest by these. They begin ``apart``
+    Each node finds all others by itself, or the first ``known``, and is told of the rest by these. ``"core"``: the
+    first are the core (:mod:`httpx_p2pcache.node.homes`), as if the fleet had been there for long. They begin ``apart``
     seconds one after another.
     """
 
@@ -454,17 +468,22 @@ class Simulation:
         weather: Weather | None = None,
         latency: float = 0.08,
         skew: float = 0.0,
-        known: int | None = None,
+        known: int | Literal["core"] | None = None,
         apart: float = 0.0,
         **settings: Any,
     ) -> None:
-        self.seed, self.known, self.apart = seed, known, apart
+        self.seed, self.apart = seed, apart
+        self.known = homes.MESH if known == "core" else known
         self.chance = random.Random(seed)  # noqa: S311 - it is meant to be repeatable
         self.settings = Settings(dir=Path("/nonexistent"), shared_secret=SECRET, github_hosts=(HOST,), **settings)
         self.keyring = Keyring(SECRET.encode(), "simulation")
         self.network = SimulatedNetwork(self.chance, weather or Weather())
         self.origin = SimulatedOrigin(latency)
         self.nodes = [SimulatedNode(self, n, self.chance.uniform(-skew, skew)) for n in range(nodes)]
+        if known == "core":
+            ids = sorted((_some_id(self.chance) for _ in self.nodes), key=homes.rank)
+            for node, peer_id in zip(self.nodes, ids, strict=True):
+                node.ids = [peer_id]
         self.asked: list[Asked] = []
         self._steps: list[tuple[float, Step]] = []
 
