@@ -190,6 +190,8 @@ class Exchange:
         self.stats.add("origin_calls", endpoint=asked)
         reply: Reply = yield Send(added)
         self.stats.add("origin_ms", int((time.perf_counter() - began) * 1000), endpoint=asked)
+        if reply.status == 304:
+            self.stats.add("not_modified", endpoint=asked)
         self.note_quota(request, reply)
         return reply
 

@@ -90,7 +90,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     shared_identity: Annotated[Flag, Meta(title="treat every member of the fleet as one user")] = False
     node: Annotated[
         Literal["auto", "embedded", "daemon", "none"],
-        Meta(description="auto, embedded, daemon or none", title="where the node runs"),
+        Meta(
+            description="auto, embedded, daemon or none",
+            title="where the node runs: auto (the daemon, else here), embedded, daemon, none (nowhere)",
+        ),
     ] = "auto"
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ COUNTERS = (
     "expirations",  # an entry was held, and had to be validated
     "stale_served",  # the origin failed or refused, and a stale entry was served
     "origin_calls",  # requests that reached the origin, 304s included
+    "not_modified",  # of these: answered with 304, to our condition or the caller's own, which is free of quota
     "origin_ms",  # milliseconds that the origin took for them, to the head of its answer
     "stored",  # responses saved from the origin
     "received",  # entries accepted from peers
@@ -67,7 +68,7 @@ def summary(counts: Mapping[str, int]) -> dict[str, int | float]:
     ``seconds_saved``: what the hits would have taken at the origin, at its mean time for an answer.
     """
     hits = counts["local_hits"] + counts["peer_hits"]
-    calls = counts["origin_calls"] - counts["revalidated"]
+    calls = counts["origin_calls"] - counts["not_modified"]
     mean = counts["origin_ms"] / counts["origin_calls"] / 1000 if counts["origin_calls"] else 0.0
     return {
         **counts,

@@ -67,8 +67,10 @@ def _checks() -> Iterator[Check]:
         return
     yield Check("settings", True, f"read; the fleet is {settings.fleet!r}")
     yield _secret(settings)
-    if not settings.enable_p2p:
-        yield Check("sharing", False, "is off: CACHE_ENABLE_P2P=true")
+    if settings.previous_secret and can_be_guessed(settings.previous_secret):
+        yield Check("previous secret", False, f"can be guessed, so nothing is shared. {ADVICE}")
+    if not settings.enable_p2p or settings.node == "none":
+        yield Check("sharing", False, "is off: set CACHE_ENABLE_P2P=true, and not CACHE_NODE=none")
     yield _libp2p()
     yield from _directory("store", settings.dir, "CACHE_DIR")
     yield from _directory("registry", settings.peer_registry or settings.dir / "peers", "CACHE_PEER_REGISTRY")

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from httpx_p2pcache.settings import Settings
-from httpx_p2pcache.sockets import door_socket
+from httpx_p2pcache.sockets import door_socket, ours
 
 CONTROL = "p2pcache"  # the host, on the door's socket, that is the daemon itself
 IDLE_SECONDS = 1800.0  # after which a daemon that nobody uses ends
@@ -100,12 +100,15 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
+        if not ours(self.sock):
+            self.sock.close()
+            raise OSError("somebody else listens at the daemon's socket")
 
 
 def launch(settings: Settings, *, idle: float, port: int | None, wait: float) -> tuple[dict[str, Any], bool]:
     """Have a daemon running, and joined within ``wait`` seconds: its status, and whether it was started by this.
 
-    Raises RuntimeError, with what it said last, if it does not come up.
+    Raises RuntimeError, with what it said last, if it does not come up, or cannot open ``port``.
     """
     remote = Remote(settings.dir)
     status = remote.get("/status")
@@ -123,7 +126,9 @@ def launch(settings: Settings, *, idle: float, port: int | None, wait: float) ->
         time.sleep(0.05)
         status = remote.get("/status") or status
     if port is not None:
-        remote.post(f"/open?port={port}")
+        opened, said = remote.post(f"/open?port={port}")
+        if opened == 409:
+            raise RuntimeError(said["message"])
         status = remote.get("/status") or status
     if process is not None:
         process.returncode = 0  # it outlives us: nobody is to wait for it

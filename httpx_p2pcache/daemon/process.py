@@ -50,6 +50,7 @@ class _Daemon:
 
     async def run(self) -> None:
         self._stopping = anyio.Event()
+        loopback = None if self._port is None else socket.create_server(("127.0.0.1", self._port))
         door_path, node_path = door_socket(self._settings.dir), node_socket(self._settings.dir)
         exchange = runner.acquire(self._settings)
         transport = P2PCacheTransport(settings=self._settings)
@@ -64,8 +65,8 @@ class _Daemon:
                 self._tasks.start_soon(self._stop_when_idle)
                 self._tasks.start_soon(self._server.serve, listening[0])
                 await self._serve(self._door(token=None), listening[1])
-                if self._port is not None:
-                    await self._open_port(self._port)
+                if loopback is not None:
+                    await self._open_door(loopback)
                 self._ready(str(door_path))
                 await self._stopping.wait()
                 self._tasks.cancel_scope.cancel()
@@ -93,11 +94,13 @@ class _Daemon:
     async def _open_port(self, port: int) -> str:
         """The door on loopback, behind a token in the path; opened once."""
         if not self._urls or (port and port not in self._urls):
-            listener = socket.create_server(("127.0.0.1", port))
-            bound = listener.getsockname()[1]
-            await self._serve(self._door(token=self._token), listener)
-            self._urls[bound] = f"http://127.0.0.1:{bound}/{self._token}"
+            await self._open_door(socket.create_server(("127.0.0.1", port)))
         return self._urls[port] if port else next(iter(self._urls.values()))
+
+    async def _open_door(self, listener: socket.socket) -> None:
+        bound = listener.getsockname()[1]
+        await self._serve(self._door(token=self._token), listener)
+        self._urls[bound] = f"http://127.0.0.1:{bound}/{self._token}"
 
     def _describe(self) -> dict[str, Any]:
         return {

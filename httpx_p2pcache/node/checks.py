@@ -68,8 +68,10 @@ def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> E
 def _check_coding(entry: Entry) -> None:
     """Whoever reads the body unpacks it, without a limit: it has to be what it says, and no bomb."""
     coding = (entry.first("content-encoding") or "").strip().lower()
-    if coding not in _UNPACKING or not entry.body:
+    if coding in ("", "identity") or not entry.body:
         return
+    if coding not in _UNPACKING:
+        raise Rejected("its body is in a coding that is not checked")
     unpack, unpacked, packed = zlib.decompressobj(wbits=_UNPACKING[coding]), 0, entry.body
     try:
         while packed and unpacked <= MAX_UNPACKED:

@@ -122,6 +122,7 @@ class Candidates:
 
     def due(self, members: Collection[ID], now: float, wanted: Collection[ID] | None = None) -> list[Candidate]:
         """Whom to dial now; of those who are ``wanted``, or else of all."""
+        under_way = min(sum(one.dialling for one in self._known.values()), DIALS_AT_ONCE)
         return [
             one
             for one in self._known.values()
@@ -129,7 +130,7 @@ class Candidates:
             and not one.dialling
             and one.next_try <= now
             and (wanted is None or one.peer_id in wanted)
-        ][:DIALS_AT_ONCE]
+        ][: DIALS_AT_ONCE - under_way]
 
     def forget_lost(self, members: Collection[ID], now: float) -> list[ID]:
         """Those who have failed often, and are not seen any more, are forgotten; returns who."""

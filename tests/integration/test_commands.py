@@ -519,6 +519,30 @@ def test_verify_names_the_variables_that_are_to_be_set(tmp_path: Path) -> None:
     assert "✓ registry" in done.stdout
 
 
+def test_verify_says_that_sharing_is_off_whatever_turned_it_off(tmp_path: Path) -> None:
+    runner = Runner(tmp_path / "store", tmp_path / "registry", CACHE_NODE="none", CACHE_PREVIOUS_SECRET="short")
+    done = runner.run("verify")
+    assert done.returncode == 1
+    assert "✗ sharing: is off" in done.stdout
+    assert "✗ previous secret: can be guessed" in done.stdout
+
+
+def test_a_port_that_is_taken_is_named_and_no_daemon_stays(tmp_path: Path) -> None:
+    runner = Runner(tmp_path / "store", tmp_path / "registry")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = runner.run("node", "--port", port)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+        assert "the daemon cannot run" in done.stderr
+        assert runner.run("init").returncode == 0
+        try:
+            done = runner.run("init", "--port", port)
+            assert done.returncode == 2
+            assert "the port cannot be opened" in done.stderr
+        finally:
+            runner.run("stop")
+
+
 def test_verify_says_what_is_wrong_where_only_ascii_can_be_printed(tmp_path: Path) -> None:
     runner = Runner(tmp_path / "store", tmp_path / "registry", CACHE_LISTEN_PORT="x", PYTHONIOENCODING="ascii")
     done = runner.run("verify")

@@ -1474,3 +1474,14 @@ def test_an_ssl_context_that_could_not_be_loaded_is_loaded_again(
         with pytest.raises(OSError, match="Too many open files"):
             client.get(url)
         assert client.get(url).content == origin.resources["/repos/octo-org/repo-1"].body
+
+
+def test_a_304_to_the_callers_own_condition_counts_as_no_call(local: Settings, origin: Origin) -> None:
+    target = next(iter(origin.resources))
+    tag = httpx.get(origin.url + target, headers={"Authorization": "Bearer one"}).headers["etag"]
+    fields = {"Authorization": "Bearer one", "If-None-Match": tag, "Cache-Control": "no-store"}
+    transport = P2PCacheTransport(settings=local)
+    with httpx.Client(transport=transport) as client:
+        assert [client.get(origin.url + target, headers=fields).status_code for _ in range(3)] == [304] * 3
+        stats = transport.stats()
+    assert (stats["origin_calls"], stats["not_modified"], stats["api_calls_made"]) == (3, 3, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import time
@@ -67,7 +68,14 @@ def test_the_selecting_fields_of_an_entry_are_checked_as_its_own_are(selecting: 
 
 @pytest.mark.parametrize(
     ("coding", "body"),
-    [("gzip", b'{"id": 1}'), ("deflate", b"no deflate"), ("gzip", b"\x1f\x8b\x08")],
+    [
+        ("gzip", b'{"id": 1}'),
+        ("deflate", b"no deflate"),
+        ("gzip", b"\x1f\x8b\x08"),
+        pytest.param("gzip, gzip", gzip.compress(gzip.compress(bytes(200 * 2**20), 1)), id="a-bomb-in-a-bomb"),
+        ("br", b"what is not checked"),
+        ("zstd", b"what is not checked"),
+    ],
 )
 def test_a_body_that_is_not_what_its_coding_says_is_not_believed(coding: str, body: bytes) -> None:
     """It would fail the request of whoever reads it, though the origin is well."""

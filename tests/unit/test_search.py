@@ -22,6 +22,7 @@ from httpx_p2pcache.node.host import MAX_FAILURES, MAX_STRANGERS, NOISY_SECONDS,
 from httpx_p2pcache.node.search import (
     BACK_OFF_SECONDS,
     BACK_OFF_SHORT,
+    DIALS_AT_ONCE,
     FORGET_SECONDS,
     GRACE_SECONDS,
     MAX_CANDIDATES,
@@ -78,6 +79,19 @@ def test_who_does_not_hold_the_secret_is_kept_away_for_a_while_and_not_for_ever(
 
 
 # Candidates
+
+
+def test_no_more_than_so_many_are_dialled_at_once() -> None:
+    candidates = Candidates(OURS)
+    for number in range(2 * DIALS_AT_ONCE):
+        candidates.sighted(sighting(None, f"/ip4/10.0.0.1/tcp/{number}"), 0.0)
+    first = candidates.due([], 0.0)
+    assert len(first) == DIALS_AT_ONCE
+    for one in first:
+        one.dialling = True
+    assert candidates.due([], 0.0) == []
+    first[0].dialling = False
+    assert len(candidates.due([], 0.0)) == 1
 
 
 def test_a_candidate_is_due_at_once_and_then_later_and_later() -> None:

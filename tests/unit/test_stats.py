@@ -53,8 +53,9 @@ def test_the_summary_says_what_was_saved_and_what_it_cost() -> None:
         "peer_hits": 2,
         "coalesced": 1,
         "revalidated": 1,
-        "origin_calls": 4,
-        "origin_ms": 400,
+        "not_modified": 3,
+        "origin_calls": 6,
+        "origin_ms": 600,
     }
     figures = summary(counts)
     assert {name: figures[name] for name in counts} == counts
@@ -82,6 +83,7 @@ def test_every_request_is_either_a_hit_or_a_miss_and_saved_or_made(ways: list[st
         stats.add(way)
         if way == "revalidated":
             stats.add("origin_calls")
+            stats.add("not_modified")
     figures = summary(stats.snapshot())
     assert figures["hits"] + figures["misses"] == len(ways)
     assert figures["api_calls_saved"] + figures["api_calls_made"] == len(ways)

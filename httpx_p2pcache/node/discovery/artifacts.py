@@ -14,7 +14,6 @@ import socket
 import time
 from collections.abc import Mapping
 
-import httpx
 import msgspec
 
 from httpx_p2pcache.entries import Keyring
@@ -86,6 +85,8 @@ class Artifacts:
         }
         if self._etag:
             fields["If-None-Match"] = self._etag
+        import httpx  # not where nobody is asked
+
         try:
             response = httpx.get(self._url, params={"per_page": 100}, headers=fields, timeout=ASK_SECONDS)
         except httpx.HTTPError as exc:
