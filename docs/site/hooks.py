@@ -37,7 +37,8 @@ def configuration() -> str:
         "# Configuration\n",
         "Environment variables, read when a transport is made; `Settings.from_env` takes the same names in lower case",
         "without `CACHE_`, which win. A value that cannot be used is an error that names the variable and what it",
-        "expects. A variable that is empty counts as not set; a name one letter away from one of these is warned about.\n",
+        "expects. A variable that is empty counts as not set; a name one letter away from one of these is warned",
+        "about.\n",
     ]
     for name, spec in _SPECS.items():
         default = _written(spec.default)

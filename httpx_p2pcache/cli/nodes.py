@@ -30,7 +30,8 @@ def init(
     """Start this runner's daemon in the background, or find the one that runs.
 
     When it returns the daemon can be used: every Python process with the same CACHE_DIR, secret and fleet shares
-    through it, and other clients through its door. It outlives the step, not the job. Exit status 0: it runs; 2: it could not be started.
+    through it, and other clients through its door. It outlives the step, not the job. Exit status 0: it runs; 2: it
+    could not be started.
     """
     settings = settings_or_exit()
     try:
