@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import adapters, contest, daemon, faults, finding, fleet, hit, peers, report, start
+from benchmarks import adapters, contest, daemon, faults, finding, fleet, hit, peers, report, scale, start
 
 BENCHMARKS = {
     "hit": hit.run,
@@ -30,7 +30,7 @@ BENCHMARKS = {
     "adapters": adapters.run,
 }
 QUICK = {"hit": hit.run, "start": start.run, "contest": lambda: contest.run(quick=True)}
-LONG = {"soak": daemon.soak}  # only by name
+LONG = {"scale": scale.run, "soak": daemon.soak}  # only by name
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -52,14 +52,16 @@ def main() -> None:
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"which: {', '.join(BENCHMARKS)} (default: all of these), soak (twenty minutes)",
+        help=f"which: {', '.join(BENCHMARKS)} (default: all of these), {', '.join(LONG)} (twenty minutes each)",
     )
     parser.add_argument("--quick", action="store_true", help="hit, start and one turn of contest: two minutes")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     chosen = parser.parse_args()
     unknown = set(chosen.names) - {*BENCHMARKS, *LONG}
     if unknown:
-        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}, soak")
+        parser.error(
+            f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join([*BENCHMARKS, *LONG])}"
+        )
     known = {**BENCHMARKS, **LONG, **(QUICK if chosen.quick else {})}
     results: dict[str, Any] = {}
     names = chosen.names or list(QUICK if chosen.quick else BENCHMARKS)

@@ -104,6 +104,23 @@ print(json.dumps({"requests": len(waits), "failed": failed, "wrong": len(wrong),
                   "slowest": max(waits)}))
 client.close()
 """
+# Requests through the door for what the daemon holds, by four threads for three seconds.
+_DOOR = """
+import json, sys, threading, time
+import httpx
+door, urls, count = sys.argv[1], sys.argv[2:], []
+def work(number):
+    with httpx.Client(transport=httpx.HTTPTransport(uds=door)) as client:
+        begun = time.time()
+        while time.time() < begun + 3:
+            for url in urls:
+                client.get(url).raise_for_status()
+                count.append(1)
+threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(json.dumps(len(count) / 3))
+"""
 # How long a question takes whose answer is "nobody fetches it: you may", asked one after another.
 _ASK = """
 import json, sys, time, statistics, hashlib
@@ -223,6 +240,21 @@ def question() -> dict[str, Any]:
     return {"a question: own node / through the daemon, ms": medians}
 
 
+def throughput() -> dict[str, Any]:
+    """Hits through the door, by one process and by two."""
+    found: dict[str, Any] = {}
+    with Origin(made_up(20)) as origin, _runners(1, origin) as (runner,):
+        door = json.loads(runner.p2pcache("status", "--json"))["door"]
+        urls = [origin.url + target for target in origin.resources]
+        for count in (1, 2):
+            load = [runner.start(_DOOR, door, *urls) for _ in range(count)]
+            rates = [json.loads(process.communicate()[0]) for process in load]
+            found[f"hits through one daemon's door, {count} process{'es' if count > 1 else ''}: a second"] = round(
+                sum(rates)
+            )
+    return found
+
+
 def killed() -> dict[str, Any]:
     """The daemon is SIGKILLed under load from five processes, and started anew."""
     with Origin(made_up(50), latency=0.02) as origin:
@@ -291,7 +323,7 @@ def soak(seconds: int = 1200) -> dict[str, Any]:
         "slowest answer, s": round(max(s["slowest"] for s in said), 2),
         "memory of the steady daemon after a minute / at the end, MiB": f"{series[minute][1]} / {series[-1][1]}",
         "its descriptors after a minute / at the end": f"{series[minute][2]} / {series[-1][2]}",
-        "series: seconds, MiB, descriptors, calls": series,
+        "series: A daemon under load: seconds, MiB, descriptors": [row[:3] for row in series],
     }
 
 
@@ -303,4 +335,4 @@ def _size(process: int) -> tuple[float, int]:
 
 
 def run() -> dict[str, Any]:
-    return {**short_processes(), **first_shared_call(), **question(), **killed()}
+    return {**short_processes(), **first_shared_call(), **question(), **throughput(), **killed()}

@@ -152,14 +152,23 @@ def runner_killed() -> dict[str, Any]:
             runners[2].process.send_signal(signal.SIGKILL)
             answers = [answer for number in (0, 1, 3, 4) for answer in runners[number].answers()]
         slowest = max(answer[1] - answer[0] for answer in answers)
+        steps = [round(0.1 * n, 1) for n in range(int((max(a[1] for a in answers) - begin) * 10) + 2)]
         return {
+            "series: One of five killed after 1.2 s: seconds, answers to the other four, calls": [
+                [
+                    at,
+                    sum(answer[1] <= begin + at for answer in answers),
+                    sum(call.at <= begin + at for call in origin.calls),
+                ]
+                for at in steps
+            ],
             "one of five killed mid-job: right answers": f"{sum(a[2] == 200 for a in answers)} of 400",
             "one of five killed mid-job: slowest answer, s": round(slowest, 2),
             "one of five killed mid-job: calls": len(origin.calls),
         }
 
 
-def polling(seconds: int = 60) -> dict[str, Any]:
+def polling(seconds: int = 40) -> dict[str, Any]:
     """5 runners poll 20 URLs each second; fresh for 10 seconds."""
     resources = {f"/polled/{number}": Resource(b'{"n": %d}' % number, max_age=10) for number in range(20)}
     with Origin(resources, latency=0.02) as origin:

@@ -162,7 +162,7 @@ def forming() -> dict[str, Any]:
     return found
 
 
-def strangers(count: int = 200, seconds: float = 60.0) -> dict[str, Any]:
+def strangers(count: int = 200, seconds: float = 30.0) -> dict[str, Any]:
     """``count`` outsiders that connect again and again to a node, half of them mute, half talking rubbish."""
     from httpx import Client
 

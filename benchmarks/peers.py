@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import random
 import secrets
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 
 from benchmarks.finding import Node, _all_have
 from httpx_p2pcache import P2PCacheTransport, Settings
@@ -33,6 +38,67 @@ with httpx.Client(transport=transport, timeout=60) as client:
     for line in sys.stdin:
         print(len(client.get(line.strip()).content), flush=True)
 """
+
+
+# A bare py-libp2p stream: told a number, it sends so many bytes.
+_ECHO = """
+import trio
+from httpx_p2pcache.node.host import Host
+async def nobody(stream, peer_id): ...
+async def serve(stream):
+    while head := await stream.read(8):
+        await stream.write(bytes(int.from_bytes(head, "big")))
+async def main():
+    host = Host(nobody, lambda peer_id: True)
+    host._host.set_stream_handler("/bare/1", serve)
+    async with host.listening("127.0.0.1", 0) as port:
+        print(f"/ip4/127.0.0.1/tcp/{port}", host.id, flush=True)
+        await trio.sleep_forever()
+trio.run(main)
+"""
+
+
+@contextmanager
+def _bare_stream() -> Iterator[Callable[[int], float]]:
+    """The milliseconds of a bare round trip on one long-lived stream to another process, by the bytes of its answer."""
+    import trio
+    from libp2p.peer.id import ID
+
+    from httpx_p2pcache.node.host import Host
+
+    there = subprocess.Popen([sys.executable, "-c", _ECHO], stdout=subprocess.PIPE, text=True)
+    assert there.stdout is not None
+    address, peer_id = there.stdout.readline().split()
+    calls: queue.Queue[tuple[int, Future[float]] | None] = queue.Queue()
+
+    async def main() -> None:
+        async def nobody(stream: Any, peer_id: Any) -> None: ...
+
+        host = Host(nobody)
+        async with host.listening("127.0.0.1", 0):
+            stream = await host.connect([address], ID.from_base58(peer_id), 5.0, "/bare/1")
+            while (call := await trio.to_thread.run_sync(calls.get)) is not None:
+                began = time.perf_counter()
+                await stream.write(call[0].to_bytes(8, "big"))
+                left = call[0]
+                while left > 0:
+                    left -= len(await stream.read(left))
+                call[1].set_result((time.perf_counter() - began) * 1000)
+
+    def trip(size: int) -> float:
+        done: Future[float] = Future()
+        calls.put((size, done))
+        return done.result(30)
+
+    thread = threading.Thread(target=trio.run, args=(main,))
+    thread.start()
+    try:
+        yield trip
+    finally:
+        calls.put(None)
+        thread.join()
+        there.kill()
+        there.communicate()
 
 
 @contextmanager
@@ -100,7 +166,8 @@ def hits(rounds: int = 30) -> dict[str, Any]:
         for number in range(rounds)
     }
     # What is published is pushed to all who are there, and take it: who asks comes later.
-    with Origin(resources) as origin, _pair(max_body_size=0) as (_, transport, hold):
+    bare: dict[str, list[float]] = {name: [] for name in SIZES}
+    with Origin(resources) as origin, _pair(max_body_size=0) as (_, transport, hold), _bare_stream() as trip:
         for path in resources:
             hold(origin.url + path)
         took: dict[str, list[float]] = {name: [] for name in SIZES}
@@ -111,6 +178,7 @@ def hits(rounds: int = 30) -> dict[str, Any]:
             for number in range(rounds):
                 for name, size in SIZES.items():
                     url = f"{origin.url}/{size}/{number}"
+                    bare[name].append(trip(size))
                     answers: list[httpx.Response] = []
                     ms = _milliseconds(lambda url=url, answers=answers: answers.append(client.get(url)))  # type: ignore[misc]
                     if answers[0].extensions["caching"]["source"] == "peer":
@@ -118,17 +186,52 @@ def hits(rounds: int = 30) -> dict[str, Any]:
             trips: Any = asking.stats()["peers"]
     for name, times in took.items():
         middle = statistics.median(times) if times else float("nan")
-        found[f"peer hit, {name}: ms (of {len(times)})"] = round(middle, 2)
+        beside = statistics.median(bare[name])
+        found[f"peer hit, {name} / bare stream, ms (of {len(times)})"] = f"{middle:.2f} / {beside:.2f}"
+        found[f"peer hit, {name}: times a bare stream"] = round(middle / beside, 2)
         if name == "5 MB" and times:
             found["peer hit, 5 MB: MB/s"] = round(5_000 / middle)
     found["a ping on the same stream, ms"] = [one["rtt_ms"] for one in trips]
     return found
 
 
+def publishing(counts: tuple[int, ...] = (1, 4, 9), urls: int = 50) -> dict[str, Any]:
+    """From the first request of one runner until all others hold all it has fetched, in one process."""
+    found: dict[str, Any] = {}
+    for count in counts:
+        resources = {
+            f"/{number}": Resource(random.Random(number).randbytes(2000), max_age=600) for number in range(urls)
+        }
+        with tempfile.TemporaryDirectory() as scratch, Origin(resources) as origin, contextlib.ExitStack() as stack:
+            plain = Settings(
+                shared_secret=secrets.token_hex(16),
+                peer_registry=Path(scratch) / "registry",
+                listen_host="127.0.0.1",
+                listen_port=0,
+                public_bootstrap=False,
+                node="embedded",
+            )
+            fleet = []
+            for number in range(count + 1):
+                settings = msgspec.structs.replace(plain, dir=Path(scratch) / str(number))
+                fleet.append(P2PCacheTransport(settings=settings))
+                stack.callback(fleet[-1].close)
+            while any(one.stats()["connected_peers"] != count for one in fleet):
+                time.sleep(0.02)
+            client = stack.enter_context(httpx.Client(transport=fleet[0]))
+            began = time.perf_counter()
+            for path in resources:
+                client.get(origin.url + path)
+            asked = time.perf_counter() - began
+            while any(one.stats()["received"] < urls for one in fleet[1:]):  # type: ignore[operator]
+                time.sleep(0.002)
+            held = time.perf_counter() - began
+        found[f"{urls} responses of 2 KB fetched / held by {count} others as well, s"] = f"{asked:.2f} / {held:.2f}"
+    return found
+
+
 def _second(transport: P2PCacheTransport) -> P2PCacheTransport:
     """A runner that begins now, and so has been sent nothing."""
-    import msgspec
-
     settings = msgspec.structs.replace(
         transport.settings, dir=transport.settings.dir.parent / "late", max_body_size=8 * 1024**2
     )
@@ -212,4 +315,4 @@ def _cpu(process: int) -> float:
 
 
 def run() -> dict[str, Any]:
-    return {**hits(), **misses(), **idle()}
+    return {**hits(), **misses(), **publishing(), **idle()}

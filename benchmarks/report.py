@@ -20,6 +20,7 @@ TITLES = {
     "finding": "Finding each other, and strangers",
     "daemon": "The daemon",
     "adapters": "Other clients",
+    "scale": "From 10 to 10,000 nodes, simulated",
     "soak": "Twenty minutes of load",
 }
 HEAD = """# Benchmarks
@@ -67,11 +68,12 @@ def write() -> None:
         result = _read(name)
         if result:
             figures = dict(result["figures"])
-            series = figures.pop("series: seconds, MiB, descriptors, calls", None)
+            series = {key: figures.pop(key) for key in list(figures) if key.startswith("series: ")}
             page += f"## {title}\n\n"
-            if series:
-                (DOCS / "soak.svg").write_text(lines(series))
-                page += '<img src="soak.svg" width="760" alt="Memory and descriptors of a daemon under load.">\n\n'
+            for key, rows in series.items():
+                _, about, columns = key.split(": ")
+                (DOCS / f"{name}.svg").write_text(curves(about, columns.split(", ")[1:], rows))
+                page += f'<img src="{name}.svg" width="760" alt="{about}: {columns}.">\n\n'
             page += "| what | measured |\n|---|---|\n"
             page += "".join(f"| {what} | {_shown(figure)} |\n" for what, figure in figures.items())
             page += "\n" + _taken(result, name)
@@ -127,26 +129,27 @@ def picture(title: str, rows: dict[str, Any]) -> str:
 """
 
 
-def lines(series: list[list[float]]) -> str:
-    """Memory in MiB and open descriptors of a process over the time."""
-    last, most = series[-1][0], 1.2 * max(max(memory, descriptors) for _, memory, descriptors, _ in series)
+def curves(about: str, names: list[str], rows: list[list[float]]) -> str:
+    """Two figures over the time in seconds: rows of time, one, other."""
+    last, most = rows[-1][0], 1.2 * max(max(row[1:]) for row in rows)
 
     def path(column: int) -> str:
-        return " ".join(f"{60 + 660 * row[0] / last:.1f},{210 - 180 * row[column] / most:.1f}" for row in series)
+        return " ".join(f"{60 + 660 * row[0] / last:.1f},{210 - 180 * row[column] / most:.1f}" for row in rows)
 
-    memory, descriptors = (210 - 180 * series[-1][column] / most for column in (1, 2))
+    ends = [(210 - 180 * rows[-1][column] / most, f"{rows[-1][column]:g} {names[column - 1]}") for column in (1, 2)]
+    labels = "".join(f'<text class="ink" x="716" y="{y - 8:.0f}" text-anchor="end">{escape(t)}</text>' for y, t in ends)
+    until = f"{last / 60:.0f} min" if last > 120 else f"{last:g} s"
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 250" role="img" font-family="system-ui, sans-serif" font-size="13">
-<title>Memory and descriptors of a daemon under load</title>
+<title>{escape(about)}</title>
 <style>
-  .ink {{ fill: #1f2328 }} .soft {{ fill: #59636e }} .axis {{ stroke: #afb8c1 }} .one {{ stroke: #0969da; fill: none; stroke-width: 2 }} .two {{ stroke: #bc4c00; fill: none; stroke-width: 2 }}
+  .ink {{ fill: #1f2328 }} .soft {{ fill: #59636e }} .axis {{ stroke: #afb8c1; fill: none }} .one {{ stroke: #0969da; fill: none; stroke-width: 2 }} .two {{ stroke: #bc4c00; fill: none; stroke-width: 2 }}
   @media (prefers-color-scheme: dark) {{ .ink {{ fill: #f0f6fc }} .soft {{ fill: #9198a1 }} .axis {{ stroke: #656c76 }} .one {{ stroke: #4493f8 }} .two {{ stroke: #f0883e }} }}
 </style>
-<path class="axis" d="M60 20V210H720"/>
+<text class="ink" x="10" y="16" font-weight="600">{escape(about)}</text>
+<path class="axis" d="M60 24V210H720"/>
 <polyline class="one" points="{path(1)}"/><polyline class="two" points="{path(2)}"/>
-<text class="ink" x="716" y="{memory - 8:.0f}" text-anchor="end">{series[-1][1]} MiB</text>
-<text class="ink" x="716" y="{descriptors - 8:.0f}" text-anchor="end">{series[-1][2]} descriptors</text>
-<text class="soft" x="60" y="232">0</text><text class="soft" x="720" y="232" text-anchor="end">{last / 60:.0f} min</text>
-<text class="soft" x="52" y="{210 - 180 * 100 / most:.0f}" text-anchor="end">100</text>
+{labels}
+<text class="soft" x="60" y="232">0</text><text class="soft" x="720" y="232" text-anchor="end">{until}</text>
 </svg>
 """
 

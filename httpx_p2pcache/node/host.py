@@ -36,6 +36,7 @@ from httpx_p2pcache.node.protocol import PROTOCOL_ID
 
 logger = logging.getLogger("httpx_p2pcache")
 
+ACKNOWLEDGED_AT_ONCE = 64 * 1024  # bytes: a quarter of a stream's first window
 PORTS_TRIED = 100  # after the one asked for; then any
 CLOSE_SECONDS = 1.0
 UPGRADE_SECONDS = 1.0  # for who connects to us to secure and multiplex the connection
@@ -86,6 +87,7 @@ class Host:
         self.id: ID = self._host.get_id()
 
         async def accept(stream: Any) -> None:
+            _acknowledge_seldom(stream)
             await on_stream(stream, stream.muxed_conn.peer_id)
 
         self._host.set_stream_handler(TProtocol(PROTOCOL_ID), accept)
@@ -223,7 +225,10 @@ class Host:
                 async with lock:  # two dials at once to one peer confuse the swarm
                     if not self._swarm.get_connections(peer_id):
                         await self._dial(addresses, peer_id)
-                return await self._host.new_stream(peer_id, [TProtocol(protocol)])
+                stream = await self._host.new_stream(peer_id, [TProtocol(protocol)])
+                if protocol == PROTOCOL_ID:
+                    _acknowledge_seldom(stream)
+                return stream
         except trio.TooSlowError as exc:
             raise OSError(errno.ETIMEDOUT, "the peer did not answer in time") from exc
         except OSError:
@@ -335,6 +340,21 @@ class Gate:
 
 async def _nothing(*_: object, **__: object) -> None:
     """In the place of what a library does unasked."""
+
+
+def _acknowledge_seldom(stream: Any) -> None:
+    """Every read writes a frame of its own that gives the window back, before it returns: here one for many reads."""
+    muxed, read = stream.muxed_stream, 0
+    acknowledge = muxed._auto_tune_and_send_window_update
+
+    async def seldom(*, bytes_read: int = 0) -> None:
+        nonlocal read
+        read += bytes_read
+        if read >= ACKNOWLEDGED_AT_ONCE:
+            due, read = read, 0
+            await acknowledge(bytes_read=due)
+
+    muxed._auto_tune_and_send_window_update = seldom
 
 
 async def reset(stream: Any) -> None:
