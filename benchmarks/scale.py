@@ -39,8 +39,8 @@ def measure(size: int) -> str:
         await simulation.get(chance.choice(simulation.nodes), path)
 
     async def script() -> None:
-        assert await simulation.formed(120), "the fleet does not form"
         await trio.sleep(5)
+        assert await simulation.formed(0.01), "the fleet does not form"
         frames = network.frames
         await trio.sleep(5)
         idle = (network.frames - frames) / 5

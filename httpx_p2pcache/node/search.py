@@ -194,7 +194,9 @@ class Search:
 
     def _dial_due(self) -> bool:
         """Begin to dial those who are due; whether there were any."""
-        self._news = trio.Event()
+        if self._news.is_set():
+            self._fleet.find_core()  # whoever was just told of may be more than one mesh can have
+            self._news = trio.Event()
         due = self._due()
         for candidate in due:
             candidate.dialling = True
@@ -251,7 +253,6 @@ class Search:
         now, members = trio.current_time(), self._fleet.members
         for peer_id in self.candidates.forget_lost(members, now):
             self._fleet.host.forget(peer_id)
-        self._fleet.find_core()  # whoever was just told of may be more than one mesh can have
         return self.candidates.due(members, now, self._fleet.wanted)
 
     async def reach(self, peer_id: ID, timeout: float) -> None:
