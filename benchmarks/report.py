@@ -51,7 +51,7 @@ time until the last runner had its last answer, then the time of one answer: med
 """
 
 SCALE = """The node's real code on a simulated network (`httpx_p2pcache.testing.simulation`): 2,000 requests by random nodes for 400
-URLs, the n-th of them 1/n as often as the first, in ten seconds; the fleet has been there for long. *A miss* is a request
+URLs, the n-th of them 1/n as often as the first, in four seconds; the fleet has been there for long. *A miss* is a request
 that its own runner cannot answer: one question, one answer, and for who fetches the publication and its acknowledgement.
 Up to fifty nodes what one has fetched is pushed to all besides; beyond, it lies at its home, one of fifty. Then a node that
 has not asked that home for half a minute connects to it first, which is most of what a miss costs where each node asks

@@ -18,7 +18,7 @@ from httpx_p2pcache.testing.simulation import Simulation
 SIZES = (10, 50, 100, 1000, 10_000)
 URLS = 400
 REQUESTS = 2000
-SECONDS = 10.0
+SECONDS = 4.0
 OF_A_MISS = ("ask", "found", "granted", "nothing", "wait", "publish", "published", "release")
 
 
@@ -39,11 +39,11 @@ def measure(size: int) -> dict[str, object]:
         await simulation.get(chance.choice(simulation.nodes), path)
 
     async def script() -> None:
-        await trio.sleep(5)
-        assert await simulation.formed(0.01), "the fleet does not form"
+        await trio.sleep(1)
+        assert all(node.fleet.joined.is_set() for node in simulation.nodes)
         frames = network.frames
-        await trio.sleep(5)
-        idle = (network.frames - frames) / 5
+        await trio.sleep(2)
+        idle = (network.frames - frames) / 2
         frames, dials = network.frames, network.dials
         for counter in (network.by_node, network.by_kind, network.bytes_by_kind):
             counter.clear()

@@ -29,6 +29,24 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "node/checks.py",
+        'raise Rejected("its body is in a coding that is not checked")',
+        "return",
+        f"{HOSTILE}::test_a_body_that_is_not_what_its_coding_says_is_not_believed",
+    ),
+    Mutant(
+        "node/search.py",
+        "][: DIALS_AT_ONCE - under_way]",
+        "]",
+        "unit/test_search.py::test_no_more_than_so_many_are_dialled_at_once",
+    ),
+    Mutant(
+        "node/fleet.py",
+        "surplus = max(0, len(self.members) - MAX_LINKS)",
+        "surplus = 0",
+        "simulation/test_large.py::test_more_than_a_node_can_keep_are_let_go",
+    ),
+    Mutant(
         "entries.py",
         "if cache_key(entry.url) != key:",
         "if False:",
