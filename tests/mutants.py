@@ -137,12 +137,6 @@ MUTANTS = [
         "unit/test_search.py::test_the_gate_lets_in_so_many_strangers_at_a_time_and_the_next_when_one_has_left",
     ),
     Mutant(
-        "node/host.py",
-        "except BaseException:  # of a peer that is another than was dialled the swarm leaves the socket open",
-        "except ZeroDivisionError:",
-        f"{ATTACKS}::test_a_dial_that_meets_another_peer_id_leaves_no_connection_open",
-    ),
-    Mutant(
         "settings.py",
         "return len(secret) < 16 or len(set(secret)) < 8",
         "return False",
