@@ -44,7 +44,7 @@ MUTANTS = [
         "node/fleet.py",
         "surplus = max(0, len(self.members) - MAX_LINKS)",
         "surplus = 0",
-        "simulation/test_large.py::test_more_than_a_node_can_keep_are_let_go",
+        "simulation/test_large_fleets.py::test_more_than_a_node_can_keep_are_let_go",
     ),
     Mutant(
         "entries.py",

@@ -288,7 +288,9 @@ class Fleet:
         for peer_id, addresses in said.come:
             known = tuple(a for a in addresses if local or not is_loopback(a))
             self.search.sighted(Sighting(peer_id=peer_id, addresses=known, how="peers"))
-        link.knows |= {peer_of(peer_id) for peer_id, _ in said.come}
+        come = {peer_of(peer_id) for peer_id, _ in said.come}
+        self.search.candidates.awaits(come - self.members.keys(), trio.current_time())
+        link.knows |= come
         link.knows -= {peer_of(peer_id) for peer_id in said.gone}
         # Of two links the one that spoke last says how things are.
         member.knows, member.unreached = set(list(link.knows)[:MAX_KNOWN]), said.unreached

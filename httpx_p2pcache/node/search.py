@@ -25,7 +25,7 @@ FORMING_SECONDS = 10.0
 LATE_SECONDS = 2.0  # after which the ways begin that cost more, and that short processes do not need
 ANNOUNCE_AGAIN = 30.0  # after which one that has failed to begin is tried again
 GRACE_SECONDS = 0.25  # within which a member of a member is reached, or counts as one whom we cannot reach
-MEETING_SECONDS = GRACE_SECONDS + 0.1  # for which who joins waits for others after the last: they have judged by then
+MEETING_SECONDS = GRACE_SECONDS + 0.15  # for which who joins waits for others after the last: they have judged by then
 FIRST_DIAL_SECONDS = 1.5  # what a peer that does not answer may cost who joins; the same for those tried at once
 DIALS_AT_ONCE = 32
 BACK_OFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -91,6 +91,11 @@ class Candidates:
 
     def get(self, peer_id: ID) -> Candidate | None:
         return self._known.get(peer_id)
+
+    def awaits(self, peer_ids: Collection[ID], now: float) -> None:
+        """A member reaches them: so shall we, before long."""
+        for peer_id in peer_ids:
+            self._awaited.setdefault(peer_id, now)
 
     def unreached(self, peer_ids: Collection[ID], now: float) -> int:
         """How many of these cannot be reached: tried in vain, or not reached for so long that it comes to the same."""

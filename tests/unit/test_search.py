@@ -219,3 +219,12 @@ def test_a_key_that_was_copied_to_another_machine_is_another_there(
     assert lock is not None
     os.close(lock)
     assert here != there
+
+
+def test_who_is_reached_by_a_member_counts_as_unreached_once_the_grace_is_over() -> None:
+    candidates = Candidates(OURS)
+    candidates.sighted(sighting(THEIRS[0], how="peers"), 100.0)
+    candidates.awaits({THEIRS[0]}, 100.0)
+    # However late it is first judged: the grace has begun when it was told.
+    assert candidates.unreached([THEIRS[0]], 100.0 + GRACE_SECONDS - 0.01) == 0
+    assert candidates.unreached([THEIRS[0]], 100.0 + GRACE_SECONDS) == 1
