@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
+STOP_SECONDS = 0.5  # of the two in which a transport closes
+
 
 class Worker:
     """Runs functions one after another in a daemon thread.
@@ -29,7 +31,7 @@ class Worker:
         return future
 
     def stop(self) -> None:
-        """Finish what is being done, and cancel the rest."""
+        """Finish what is being done, and cancel the rest; waits for that, but not for a disk that hangs."""
         left = []
         try:
             while True:
@@ -40,6 +42,7 @@ class Worker:
             if job is not None:
                 job[1].cancel()
         self._jobs.put(None)
+        self._thread.join(STOP_SECONDS)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
