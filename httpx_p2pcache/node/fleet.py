@@ -442,9 +442,12 @@ class Fleet:
         idle = [m for m in free[surplus:] if now - m.used() > IDLE_SECONDS and (m.dialled() or m.peer_id in self.core)]
         for member in free[:surplus] + (idle if ours not in self.core else []):
             self._there.discard(member.peer_id)  # it is not gone
-            for link in list(member.links):
-                await link.close()
-            await self.host.disconnect(member.peer_id)
+            await self._leave(member)
+
+    async def _leave(self, member: Member) -> None:
+        for link in list(member.links):
+            await link.close()
+        await self.host.disconnect(member.peer_id)
 
     def suspect(self, peer_id: ID) -> None:
         """It has not answered in time: it is left alone until it is heard of, and dropped if it is not."""
@@ -461,9 +464,7 @@ class Fleet:
                 member.rtt = await link.ping(PING_SECONDS)
                 member.suspect = False
             except OSError:
-                for one in list(member.links):
-                    await one.close()
-                await self.host.disconnect(member.peer_id)
+                await self._leave(member)
 
         link.heard = trio.current_time()  # asked once per silence
         self.spawn(ask)

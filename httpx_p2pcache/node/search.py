@@ -285,7 +285,7 @@ class Search:
             logger.debug("a peer found by %s was not reached: %r", candidate.how, exc)
             candidate.failed(trio.current_time(), refused=isinstance(exc, Rejected))
         else:
-            candidate.failures, candidate.doubted = 0, False
+            candidate.failures = 0
         finally:
             candidate.dialling = False
             self._news.set()
