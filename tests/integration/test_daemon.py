@@ -543,20 +543,20 @@ def test_a_daemon_killed_while_processes_ask_fails_and_delays_no_request_and_the
 def test_those_who_wait_for_anothers_call_when_the_daemon_is_killed_go_on_at_once(
     pair: Pair, client_of: Clients, origin: Origin, targets: list[str]
 ) -> None:
-    fetching, *waiting = [client_of(pair[number]) for number in (1, 0, 0)]
+    patient = {"CACHE_LOOKUP_TIMEOUT": "5"}
+    fetching, *waiting = [client_of(pair[number], **patient) for number in (1, 0, 0)]
     origin.latency = 30.0
     fetching.begin(targets[0])
     origin.latency = 0.0
     for client in waiting:
         client.ask(targets[0], "begin")
         assert client.hear() == {"begun": True}
-    for client in waiting:
-        client.tell("stats")
-        assert client.hear()["origin_calls"] == 0
+    assert [client.stat("origin_calls") for client in waiting] == [0, 0]
     os.kill(pid_of(pair[0]), signal.SIGKILL)
-    for client in waiting:
-        answer = client.right(targets[0], client.do("end"))
-        assert (answer["source"], answer["seconds"] < PROMPT) == ("origin", True)
+    answers = [client.right(targets[0], client.do("end")) for client in waiting]
+    assert max(answer["seconds"] for answer in answers) < PROMPT
+    # One of them may find in the runner's store what the other has just paid for.
+    assert {answer["source"] for answer in answers} in ({"origin"}, {"origin", "local"})
 
 
 def test_a_daemon_that_is_stopped_hands_over_what_was_published_and_its_processes_come_back_to_the_next(
