@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import random
 import secrets
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,20 +37,45 @@ with httpx.Client(transport=transport, timeout=60) as client:
 """
 
 
-# A bare py-libp2p stream: told a number, it sends so many bytes.
-_ECHO = """
+# A bare py-libp2p stream: told a number, it sends so many bytes. Noise and Yamux, as ours, and nothing of ours.
+_BARE = """
 import trio
-from httpx_p2pcache.node.host import Host
-async def nobody(stream, peer_id): ...
+from libp2p import new_host
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.peer.peerinfo import info_from_p2p_addr
+from libp2p.security.noise.transport import PROTOCOL_ID, Transport
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX, Yamux
+from multiaddr import Multiaddr
+key_pair = create_new_key_pair()
+noise = Transport(key_pair, noise_privkey=create_noise_key_pair().private_key)
+host = new_host(key_pair=key_pair, sec_opt={PROTOCOL_ID: noise}, muxer_opt={YAMUX: Yamux})
+"""
+_SERVES = """
 async def serve(stream):
     while head := await stream.read(8):
         await stream.write(bytes(int.from_bytes(head, "big")))
 async def main():
-    host = Host(nobody, lambda peer_id: True)
-    host._host.set_stream_handler("/bare/1", serve)
-    async with host.listening("127.0.0.1", 0) as port:
-        print(f"/ip4/127.0.0.1/tcp/{port}", host.id, flush=True)
+    host.set_stream_handler("/bare/1", serve)
+    async with host.run([Multiaddr("/ip4/127.0.0.1/tcp/0")]):
+        print(host.get_addrs()[0], flush=True)
         await trio.sleep_forever()
+trio.run(main)
+"""
+_ASKS = """
+import sys, time
+async def main():
+    async with host.run([Multiaddr("/ip4/127.0.0.1/tcp/0")]):
+        peer = info_from_p2p_addr(Multiaddr(sys.argv[1]))
+        await host.connect(peer)
+        stream = await host.new_stream(peer.peer_id, ["/bare/1"])
+        while line := await trio.to_thread.run_sync(sys.stdin.readline):
+            began, left = time.perf_counter(), int(line)
+            await stream.write(left.to_bytes(8, "big"))
+            while left > 0:
+                left -= len(await stream.read(left))
+            print((time.perf_counter() - began) * 1000, flush=True)
+        host.get_network().nursery.cancel_scope.cancel()
 trio.run(main)
 """
 
@@ -61,44 +83,32 @@ trio.run(main)
 @contextmanager
 def _bare_stream() -> Iterator[Callable[[int], float]]:
     """The milliseconds of a bare round trip on one long-lived stream to another process, by the bytes of its answer."""
-    import trio
-    from libp2p.peer.id import ID
+    with contextlib.ExitStack() as stack:
 
-    from httpx_p2pcache.node.host import Host
+        def start(code: str, *arguments: str) -> subprocess.Popen[str]:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _BARE + code, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+            return process
 
-    there = subprocess.Popen([sys.executable, "-c", _ECHO], stdout=subprocess.PIPE, text=True)
-    assert there.stdout is not None
-    address, peer_id = there.stdout.readline().split()
-    calls: queue.Queue[tuple[int, Future[float]] | None] = queue.Queue()
+        serves = start(_SERVES)
+        assert serves.stdout is not None
+        asks = start(_ASKS, serves.stdout.readline().strip())
 
-    async def main() -> None:
-        async def nobody(stream: Any, peer_id: Any) -> None: ...
+        def trip(size: int) -> float:
+            assert asks.stdin is not None
+            assert asks.stdout is not None
+            asks.stdin.write(f"{size}\n")
+            asks.stdin.flush()
+            return float(asks.stdout.readline())
 
-        host = Host(nobody)
-        async with host.listening("127.0.0.1", 0):
-            stream = await host.connect([address], ID.from_base58(peer_id), 5.0, "/bare/1")
-            while (call := await trio.to_thread.run_sync(calls.get)) is not None:
-                began = time.perf_counter()
-                await stream.write(call[0].to_bytes(8, "big"))
-                left = call[0]
-                while left > 0:
-                    left -= len(await stream.read(left))
-                call[1].set_result((time.perf_counter() - began) * 1000)
-
-    def trip(size: int) -> float:
-        done: Future[float] = Future()
-        calls.put((size, done))
-        return done.result(30)
-
-    thread = threading.Thread(target=trio.run, args=(main,))
-    thread.start()
-    try:
         yield trip
-    finally:
-        calls.put(None)
-        thread.join()
-        there.kill()
-        there.communicate()
 
 
 @contextmanager

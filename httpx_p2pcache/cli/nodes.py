@@ -52,7 +52,7 @@ def node(idle: Idle = 0, port: Port = None) -> None:
     Exit status 0: it was stopped; 2: it cannot run, or another one runs already.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "hypercorn", "libp2p", "multiaddr", "async_service"):
+    for noisy in ("httpx", "hypercorn", "async_service"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     settings = settings_or_exit()
     from httpx_p2pcache.daemon import process  # takes a second to import

@@ -28,7 +28,7 @@ from httpx_p2pcache.node.discovery import Discovery, Sighting
 from httpx_p2pcache.node.discovery.all import discoveries
 from httpx_p2pcache.node.home import Home
 from httpx_p2pcache.node.homes import anchors_among, core_among, peer_of
-from httpx_p2pcache.node.host import Host, announced, is_loopback, reset
+from httpx_p2pcache.node.host import DIAL_SECONDS, Host, announced, is_loopback, reset
 from httpx_p2pcache.node.members import Link, Member
 from httpx_p2pcache.node.protocol import (
     FRAME_OVERHEAD,
@@ -50,11 +50,15 @@ from httpx_p2pcache.store import Store
 
 logger = logging.getLogger("httpx_p2pcache")
 
-DIAL_SECONDS = 3.0  # to connect, secure, multiplex and be admitted
-ADMISSION_SECONDS = 1.5  # how long a stranger may stay before it has proved anything
+READY_SECONDS = 3.0  # for a member to tell what it holds
+ADMISSION_SECONDS = 3.0  # how long a stranger may stay before it has proved anything
 SILENCE_SECONDS = 5.0  # after which a member is asked whether it is still there
 URGENT_SECONDS = 1.0  # the same while somebody waits for it
 PING_SECONDS = 2.0
+UNREAD_SECONDS = 0.05  # for what had come already when we, kept from running, found that time was up
+WATCH_SECONDS = 0.25  # between two looks at who owes us something
+REMIND_SECONDS = 1.0
+STRANGERS_SECONDS = 1.0
 COUNTS_SECONDS = 2.0  # between two messages to the members about what has been counted
 JUDGE_SECONDS = 0.01  # for which what is new about members is collected, longer the more there are
 NEWCOMER_SECONDS = 0.5  # within which somebody who has connected is expected to know the others
@@ -98,6 +102,8 @@ class Fleet:
         self._worker = Worker("p2pcache-disk")
         self._ledger = Ledger(self.settings.dir)
         self._began = time.time()
+        self._turns = itertools.count()
+        self._strangers: dict[ID, float] = {}  # who is connected, and since when
         self.counts = TellCounts("", {})  # of this runner
 
     def _make_host(self) -> Any:
@@ -115,9 +121,10 @@ class Fleet:
                     async with trio.open_nursery() as self.nursery:
                         started()
                         self.nursery.start_soon(self.search.run, self._get_ready)
-                        self.nursery.start_soon(self._watch)
-                        self.nursery.start_soon(self._show_out_strangers)
-                        self.nursery.start_soon(self._tell_counts)
+                        self._every(WATCH_SECONDS, self._watch)
+                        self._every(REMIND_SECONDS, self._remind)
+                        self._every(STRANGERS_SECONDS, self._show_out_strangers)
+                        self._every(COUNTS_SECONDS, self._tell_counts)
                         await self.stopping.wait()
                         # What has been paid for is handed over first: a short process would share nothing else.
                         with trio.move_on_after(FAREWELL_SECONDS):
@@ -138,17 +145,27 @@ class Fleet:
     def spawn(self, func: Callable[..., Awaitable[None]], *args: Any) -> None:
         """Run ``func`` in the background; if it fails that costs its own purpose and nothing else."""
 
-        async def run() -> None:
-            try:
-                await func(*args)
-            except Exception as exc:
-                self.stats.add("peer_failures")
-                logger.debug("%s has failed: %r", func.__name__, exc, exc_info=True)
-
         try:
-            self.nursery.start_soon(run)
+            self.nursery.start_soon(self._tried, func, *args)
         except RuntimeError:  # we have left already
             logger.debug("%s came too late", func.__name__)
+
+    async def _tried(self, func: Callable[..., Awaitable[None]], *args: Any) -> None:
+        try:
+            await func(*args)
+        except Exception as exc:
+            self.stats.add("peer_failures")
+            logger.debug("%s has failed: %r", func.__name__, exc, exc_info=True)
+
+    def _every(self, seconds: float, func: Callable[[], Awaitable[None]]) -> None:
+        """Run ``func`` again and again, each time as by :meth:`spawn`."""
+
+        async def again() -> None:
+            while True:
+                await trio.sleep(seconds)
+                await self._tried(func)
+
+        self.nursery.start_soon(again)
 
     async def in_worker(self, func: Callable[[], Result]) -> Result:
         """``func()`` in the node's one worker thread: what touches the disk must not hold up the loop."""
@@ -171,12 +188,12 @@ class Fleet:
 
     # Who comes, and who is let in
 
-    async def dial(self, candidate: Candidate, peer_id: ID, timeout: float) -> None:
+    async def dial(self, candidate: Candidate, peer_id: ID) -> None:
         """Make a candidate a member. Raises :class:`Rejected` if it does not hold the secret, OSError or else."""
         stream = None
         try:
-            with trio.fail_after(timeout):
-                stream = await self.host.connect(candidate.addresses, peer_id, timeout)
+            with trio.fail_after(DIAL_SECONDS):
+                stream = await self.host.connect(candidate.addresses, peer_id, DIAL_SECONDS)
                 keyring = await self._admit(stream, peer_id, dialled=True)
                 link = Link(stream, peer_id, keyring, self._frame_limit)
                 link.dialled = True
@@ -357,7 +374,7 @@ class Fleet:
 
     async def _get_ready(self) -> None:
         """Everybody whom we could find is connected: now we are a home, and are told what there is."""
-        with trio.move_on_after(DIAL_SECONDS):
+        with trio.move_on_after(READY_SECONDS):
             async with trio.open_nursery() as nursery:
                 for member in list(self.members.values()):
                     nursery.start_soon(self._call_ready, member)
@@ -369,7 +386,7 @@ class Fleet:
     async def _call_ready(self, member: Member) -> None:
         self._called_ready.add(member.peer_id)
         try:
-            answer = await member.link.call(Ready, DIAL_SECONDS)
+            answer = await member.link.call(Ready, READY_SECONDS)
         except OSError:
             return
         if isinstance(answer, Inventory):
@@ -411,20 +428,21 @@ class Fleet:
 
     async def _watch(self) -> None:
         """Claims that end are passed on; members that fall silent are asked, at once where somebody waits for them."""
-        for turn in itertools.count():
-            await trio.sleep(0.25)
-            now = trio.current_time()
-            if turn % 4 == 0 and self.members:  # one a second is told all anew, whatever it may have missed
-                member = list(self.members.values())[turn // 4 % len(self.members)]
-                if member.links:
-                    self.spawn(self._introduce, member.links[0])
-                self.spawn(self._let_go)
-            self.home.expire()
-            waited_for = self.home.waited_for()
-            for member in list(self.members.values()):
-                silence = now - member.heard()
-                if silence > SILENCE_SECONDS or (silence > URGENT_SECONDS and member.peer_id in waited_for):
-                    self._ask_whether_there(member)
+        now = trio.current_time()
+        self.home.expire()
+        waited_for = self.home.waited_for()
+        for member in list(self.members.values()):
+            silence = now - max(member.heard(), member.asked)
+            if silence > SILENCE_SECONDS or (silence > URGENT_SECONDS and member.peer_id in waited_for):
+                self._ask_whether_there(member)
+
+    async def _remind(self) -> None:
+        """One member in turn is told all anew, whatever it may have missed."""
+        self.spawn(self._let_go)
+        if self.members:
+            member = list(self.members.values())[next(self._turns) % len(self.members)]
+            if member.links:
+                await self._introduce(member.links[0])
 
     async def _let_go(self) -> None:
         """In a large fleet: whom we have asked and do not need any more, and more than we can keep.
@@ -457,43 +475,44 @@ class Fleet:
             self._ask_whether_there(member)
 
     def _ask_whether_there(self, member: Member) -> None:
-        link = member.link
+        link = next((one for one in member.links if not one.closed.is_set()), None)
+        if link is None:  # it is gone, and about to be forgotten
+            return
+
+        began = member.asked = trio.current_time()
 
         async def ask() -> None:
             try:
                 member.rtt = await link.ping(PING_SECONDS)
-                member.suspect = False
             except OSError:
-                await self._leave(member)
+                await trio.sleep(UNREAD_SECONDS)
+                if member.heard() <= began:  # else it is busy
+                    await self._leave(member)
+                    return
+            member.suspect = False
 
-        link.heard = trio.current_time()  # asked once per silence
         self.spawn(ask)
 
     async def _tell_counts(self) -> None:
         """What the processes of this runner have counted goes to every member, when it has changed."""
-        while True:
-            await trio.sleep(COUNTS_SECONDS)
-            runner, counts = await self.in_worker(lambda: (self._ledger.runner(), self._ledger.read(self._began)))
-            self.counts = TellCounts(runner, {name: n for name, n in total(counts).items() if n})
-            for member in list(self.members.values()):
-                known = [self.counts]  # and what comes from those whom it does not know itself
-                if not self.large:
-                    known += [one for m in self.unknown_to(member.peer_id) for one in m.counts.values()]
-                for one in known:
-                    if one.runner and member.told_counts.get(one.runner) != one:
-                        member.told_counts[one.runner] = one
-                        self.spawn(member.link.send, one)
+        runner, counts = await self.in_worker(lambda: (self._ledger.runner(), self._ledger.read(self._began)))
+        self.counts = TellCounts(runner, {name: n for name, n in total(counts).items() if n})
+        for member in list(self.members.values()):
+            known = [self.counts]  # and what comes from those whom it does not know itself
+            if not self.large:
+                known += [one for m in self.unknown_to(member.peer_id) for one in m.counts.values()]
+            for one in known:
+                if one.runner and member.told_counts.get(one.runner) != one:
+                    member.told_counts[one.runner] = one
+                    self.spawn(member.send, one)
 
     async def _show_out_strangers(self) -> None:
         """Who is connected but was not admitted in time is disconnected."""
-        seen: dict[ID, float] = {}
-        while True:
-            await trio.sleep(1.0)
-            now = trio.current_time()
-            strangers = [p for p in self.host.connected() if p not in self.members]
-            seen = {p: seen.get(p, now) for p in strangers}
-            for peer_id, since in seen.items():
-                candidate = self.search.candidates.get(peer_id)
-                expected = (candidate and candidate.dialling) or peer_id in self.host.visiting
-                if now - since > ADMISSION_SECONDS and not expected:
-                    self.spawn(self.host.disconnect, peer_id)
+        now = trio.current_time()
+        strangers = [p for p in self.host.connected() if p not in self.members]
+        self._strangers = {p: self._strangers.get(p, now) for p in strangers}
+        for peer_id, since in self._strangers.items():
+            candidate = self.search.candidates.get(peer_id)
+            expected = (candidate and candidate.dialling) or peer_id in self.host.visiting
+            if now - since > ADMISSION_SECONDS and not expected:
+                self.spawn(self.host.disconnect, peer_id)

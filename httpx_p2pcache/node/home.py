@@ -254,7 +254,7 @@ class Home:
             home = None
         for member in {m.peer_id: m for m in (home, granter) if m is not None}.values():
             try:
-                await member.link.send(Release(claim, id_, verdict))
+                await member.send(Release(claim, id_, verdict))
             except OSError:
                 self._fleet.stats.add("peer_failures")
 
@@ -321,7 +321,7 @@ class Home:
         try:
             if member.links:
                 sealed = parcel.sealed(member.keyring, whole=False)
-                await member.link.send(Push(key, claim, sealed, resident(parcel.entry.received)))
+                await member.send(Push(key, claim, sealed, resident(parcel.entry.received)))
         except OSError:
             self._fleet.stats.add("peer_failures")
 
@@ -360,7 +360,7 @@ class Home:
     async def tell_quota(self, quota: Quota) -> None:
         """Let every member know."""
         for member in list(self._fleet.members.values()):
-            self._fleet.spawn(member.link.send, TellQuota(quota))
+            self._fleet.spawn(member.send, TellQuota(quota))
 
     # What members want of us
 
@@ -384,7 +384,7 @@ class Home:
         elif isinstance(message, TellQuota):
             if self._fleet.quotas.merge(message.quota, time.time()):
                 for member in self._fleet.unknown_to(link.peer_id):
-                    self._fleet.spawn(member.link.send, message)
+                    self._fleet.spawn(member.send, message)
         elif isinstance(message, Granted):  # to one of us who has given up
             await link.send(Release(message.claim, message.id, Verdict.ABANDONED))
 
@@ -505,7 +505,7 @@ class Home:
     async def _tell_new_home(self, claim: bytes, held: _Fetch) -> None:
         home = await self._home_of(held.key)
         if home is not None:
-            await home.link.send(Fetching([(claim, held.id, held.ends - trio.current_time())]))
+            await home.send(Fetching([(claim, held.id, held.ends - trio.current_time())]))
 
     def engaged(self) -> set[ID]:
         """Members whom a fetch joins with us: they wait or fetch for us, or we for them."""

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hmac
 import logging
+import math
 import os
 import secrets
 import socket
@@ -14,6 +15,7 @@ import uuid
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +31,21 @@ from libp2p.peer.id import ID
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
-from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
 from httpx_p2pcache.node.protocol import PROTOCOL_ID
+from httpx_p2pcache.node.shortcuts import Muxer, shorten_connection, shorten_stream
 
 logger = logging.getLogger("httpx_p2pcache")
 
-ACKNOWLEDGED_AT_ONCE = 64 * 1024  # bytes: a quarter of a stream's first window
 PORTS_TRIED = 100  # after the one asked for; then any
 CLOSE_SECONDS = 1.0
-UPGRADE_SECONDS = 1.0  # for who connects to us to secure and multiplex the connection
+CONNECT_SECONDS = 1.5  # for one address to accept a connection: a kernel does that, however busy its machine is ...
+DIAL_SECONDS = 5.0  # ... and for that, to secure and multiplex it, and to be admitted
+UPGRADE_SECONDS = 3.0  # for who connects to us to secure and multiplex the connection ...
+UPGRADE_CROWDED_SECONDS = 1.0  # ... while more than half of the places for strangers are taken
 STRANGER_LOOK_SECONDS = 0.1  # between two looks whether a stranger has become a member
-MAX_STRANGERS = 32
+MAX_STRANGERS = 64
 MAX_FAILURES = 20  # of one address ...
 NOISY_SECONDS = 20.0  # ... in so many seconds, and for so long it is kept away
 MAX_REMEMBERED = 1000
@@ -71,7 +75,7 @@ class Host:
             key_pair=key_pair,
             # Without this plaintext is accepted as well, and a peer ID can be forged.
             sec_opt={NOISE: NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)},
-            muxer_opt={TProtocol(YAMUX): Yamux},
+            muxer_opt={TProtocol(YAMUX): Muxer},
             connection_config=ConnectionConfig(min_connections=0, low_watermark=0, enable_health_monitoring=False),
         )
         self._swarm: Any = self._host.get_network()
@@ -87,8 +91,7 @@ class Host:
         self.id: ID = self._host.get_id()
 
         async def accept(stream: Any) -> None:
-            _acknowledge_seldom(stream)
-            await on_stream(stream, stream.muxed_conn.peer_id)
+            await on_stream(shorten_stream(stream), stream.muxed_conn.peer_id)
 
         self._host.set_stream_handler(TProtocol(PROTOCOL_ID), accept)
         self._guard_streams()
@@ -116,9 +119,10 @@ class Host:
                 await raw.close()
                 raise SwarmException("too many strangers")
             self._raw.add(raw)
+            shorten_connection(raw)
             connection = None
             try:
-                with trio.fail_after(UPGRADE_SECONDS):
+                with trio.fail_after(self._gate.patience()):
                     connection = await inbound(raw, address)
                 peer_id = connection.peer_id
                 if self._gate.refuses(peer_id, trio.current_time()):
@@ -139,7 +143,9 @@ class Host:
             raise SwarmException("closed")
 
         async def upgrade(raw: Any, *arguments: Any) -> Any:
+            _connecting.get().deadline = math.inf
             self._raw.add(raw)
+            shorten_connection(raw)
             try:
                 return await outbound(raw, *arguments)
             except BaseException:  # of a peer that is another than was dialled the swarm leaves the socket open
@@ -162,7 +168,8 @@ class Host:
                 for address in addresses:
                     multiaddr = Multiaddr(address)
                     transport = self._swarm.transport_manager.transport_for_dialing(multiaddr)
-                    raw = await transport.dial(multiaddr)
+                    with trio.fail_after(CONNECT_SECONDS):
+                        raw = await transport.dial(multiaddr)
                     try:
                         secured = await self._swarm.upgrader.security_multistream.secure_outbound(raw, None)
                         peer_id: ID = secured.get_remote_peer()
@@ -226,9 +233,7 @@ class Host:
                     if not self._swarm.get_connections(peer_id):
                         await self._dial(addresses, peer_id)
                 stream = await self._host.new_stream(peer_id, [TProtocol(protocol)])
-                if protocol == PROTOCOL_ID:
-                    _acknowledge_seldom(stream)
-                return stream
+                return shorten_stream(stream) if protocol == PROTOCOL_ID else stream
         except trio.TooSlowError as exc:
             raise OSError(errno.ETIMEDOUT, "the peer did not answer in time") from exc
         except OSError:
@@ -241,7 +246,9 @@ class Host:
         for address in addresses:
             try:
                 # connect() takes 250 ms, and remembers a failure for 60 s: dial_addr() does neither.
-                await self._swarm.dial_addr(Multiaddr(address), peer_id)
+                with trio.fail_after(CONNECT_SECONDS) as scope:
+                    _connecting.set(scope)
+                    await self._swarm.dial_addr(Multiaddr(address), peer_id)
             except Exception as exc:
                 failure = exc
             else:
@@ -318,6 +325,10 @@ class Gate:
         self._inside += 1
         return True
 
+    def patience(self) -> float:
+        """How many seconds whoever is inside has to show who it is."""
+        return UPGRADE_SECONDS if self._inside <= MAX_STRANGERS // 2 else UPGRADE_CROWDED_SECONDS
+
     def passed(self, ip: str, now: float, *, welcome: bool) -> None:
         """It has been admitted (``welcome``), or it has left, or was shown out."""
         self._inside -= 1
@@ -338,23 +349,11 @@ class Gate:
         return self._refused.get(peer_id, 0.0) > now
 
 
+_connecting: ContextVar[trio.CancelScope] = ContextVar("_connecting")  # of the dial that this task makes
+
+
 async def _nothing(*_: object, **__: object) -> None:
     """In the place of what a library does unasked."""
-
-
-def _acknowledge_seldom(stream: Any) -> None:
-    """Every read writes a frame of its own that gives the window back, before it returns: here one for many reads."""
-    muxed, read = stream.muxed_stream, 0
-    acknowledge = muxed._auto_tune_and_send_window_update
-
-    async def seldom(*, bytes_read: int = 0) -> None:
-        nonlocal read
-        read += bytes_read
-        if read >= ACKNOWLEDGED_AT_ONCE:
-            due, read = read, 0
-            await acknowledge(bytes_read=due)
-
-    muxed._auto_tune_and_send_window_update = seldom
 
 
 async def reset(stream: Any) -> None:

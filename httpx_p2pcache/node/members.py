@@ -34,6 +34,7 @@ from httpx_p2pcache.node.protocol import (
     read_frame,
     unpack,
 )
+from httpx_p2pcache.node.shortcuts import Lock
 
 logger = logging.getLogger("httpx_p2pcache")
 
@@ -52,7 +53,7 @@ class Link:
         self._stream = stream
         self.keyring = keyring  # of the secret that both hold
         self._limit = limit
-        self._writing = trio.Lock()
+        self._writing = Lock()
         self._calls = itertools.count(1)
         self._pending: dict[int, trio.MemorySendChannel[Answering]] = {}
         self.peer_id = peer_id
@@ -231,6 +232,7 @@ class Member:
     told_counts: dict[str, TellCounts] = field(default_factory=dict)  # what we have told it
     knows: set[ID] = field(default_factory=set)  # its members
     unreached: int = 0  # how many members of its members it cannot reach
+    asked: float = 0.0  # when we have asked whether it is there, in the loop's time
     suspect: bool = False  # it has not answered in time: not asked again until it is heard of
 
     @property
@@ -240,6 +242,10 @@ class Member:
             if not link.closed.is_set():
                 return link
         raise OSError("the peer is gone")
+
+    async def send(self, frame: Any) -> None:
+        """Write one frame. Raises OSError when the peer is gone."""
+        await self.link.send(frame)
 
     @property
     def keyring(self) -> Keyring:

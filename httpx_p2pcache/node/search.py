@@ -13,6 +13,7 @@ from libp2p.peer.id import ID
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.node.discovery import Discovery, Sighting
 from httpx_p2pcache.node.homes import peer_of
+from httpx_p2pcache.node.host import DIAL_SECONDS
 
 if TYPE_CHECKING:
     from httpx_p2pcache.node.fleet import Fleet
@@ -26,7 +27,8 @@ LATE_SECONDS = 2.0  # after which the ways begin that cost more, and that short 
 ANNOUNCE_AGAIN = 30.0  # after which one that has failed to begin is tried again
 GRACE_SECONDS = 0.25  # within which a member of a member is reached, or counts as one whom we cannot reach
 MEETING_SECONDS = GRACE_SECONDS + 0.15  # for which who joins waits for others after the last: they have judged by then
-FIRST_DIAL_SECONDS = 1.5  # what a peer that does not answer may cost who joins; the same for those tried at once
+FIRST_LOOK_SECONDS = 1.5  # what a way of finding that hangs may cost who joins ...
+FIRST_DIALS_SECONDS = 3.0  # ... and those whom it has found, if none of them answers
 DIALS_AT_ONCE = 32
 BACK_OFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 BACK_OFF_SHORT = 5.0  # the longest for a peer named by a setting: it may come back under the same address
@@ -181,10 +183,10 @@ class Search:
                 looked = trio.Event()
                 first.append(looked)
                 nursery.start_soon(self._look, discovery, looked)
-            with trio.move_on_after(FIRST_DIAL_SECONDS):
+            with trio.move_on_after(FIRST_LOOK_SECONDS):
                 for looked in first:
                     await looked.wait()
-            with trio.move_on_after(2 * FIRST_DIAL_SECONDS) as patience:
+            with trio.move_on_after(FIRST_DIALS_SECONDS) as patience:
                 known = 0
                 while self._dial_due() or self.candidates.dialling():
                     if len(self._fleet.members) > known:
@@ -276,11 +278,10 @@ class Search:
 
     async def _dial(self, candidate: Candidate) -> None:
         try:
-            timeout = FIRST_DIAL_SECONDS if candidate.failures == 0 else 2 * FIRST_DIAL_SECONDS
             if candidate.peer_id is None:
-                await self._find_out(candidate, timeout)
+                await self._find_out(candidate)
             else:
-                await self._fleet.dial(candidate, candidate.peer_id, timeout)
+                await self._fleet.dial(candidate, candidate.peer_id)
         except Exception as exc:
             logger.debug("a peer found by %s was not reached: %r", candidate.how, exc)
             candidate.failed(trio.current_time(), refused=isinstance(exc, Rejected))
@@ -293,8 +294,8 @@ class Search:
             self._dialled = trio.Event()
             self._fleet.reach_changed()
 
-    async def _find_out(self, candidate: Candidate, timeout: float) -> None:
+    async def _find_out(self, candidate: Candidate) -> None:
         """Who is at an address whose peer ID was not said: it may be another after each restart."""
-        peer_id = await self._fleet.host.who_is_at(candidate.addresses, timeout)
+        peer_id = await self._fleet.host.who_is_at(candidate.addresses, DIAL_SECONDS)
         self.candidates.found_out(candidate, peer_id, trio.current_time())
         self._news.set()

@@ -46,6 +46,7 @@ from httpx_p2pcache.node import homes
 from httpx_p2pcache.node.discovery import Discovery, Sighting
 from httpx_p2pcache.node.embedded import EmbeddedNode
 from httpx_p2pcache.node.fleet import Fleet
+from httpx_p2pcache.node.host import CONNECT_SECONDS
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
@@ -290,7 +291,7 @@ class SimulatedHost:
         if them is None or not them.alive or them.fleet.host.id != peer_id:
             raise OSError("nobody answers")
         if not network.reaches(us, them):
-            await trio.sleep(timeout)
+            await trio.sleep(min(timeout, CONNECT_SECONDS))
             raise OSError("nobody answers in time")
         there, back, closed = Pipe(network, us, them), Pipe(network, them, us), trio.Event()
         ours, theirs = SimulatedStream(back, there, closed), SimulatedStream(there, back, closed)

@@ -653,6 +653,7 @@ SAID = {
 }
 
 
+@pytest.mark.usefixtures("no_multicast")  # which opens sockets of its own, sooner or later
 @pytest.mark.parametrize("kind", SAID)
 def test_two_hundred_strangers_are_shown_out_and_the_fleet_goes_on(start: Start, origin: Origin, kind: str) -> None:
     first, second = start("a"), start("b")
