@@ -272,9 +272,9 @@ class Home:
         parcel = Parcel(entry, refreshed=refreshed)
         self._publishing += 1
         try:
-            served = await self._publish_at_home(key, claim, parcel)
+            served, known = await self._publish_at_home(key, claim, parcel)
             # In a large fleet it is pulled from the home; only who has granted the claim as well is not left waiting.
-            everybody = widely and not self._fleet.large
+            everybody = widely and not known and not self._fleet.large
             async with trio.open_nursery() as nursery:
                 for member in list(self._fleet.members.values()):
                     concerned = everybody or (held is not None and member.peer_id == held.granter)
@@ -286,17 +286,20 @@ class Home:
                 self._all_published.set()
                 self._all_published = trio.Event()
 
-    async def _publish_at_home(self, key: bytes, claim: bytes, parcel: Parcel) -> set[bytes]:
+    async def _publish_at_home(self, key: bytes, claim: bytes, parcel: Parcel) -> tuple[set[bytes], bool]:
         try:
             home = await self._home_of(key)
         except OSError:
-            return set()
+            return set(), False
         if home is None or len(parcel.entry.body) > home.takes:
-            return set()
+            return set(), False
         return await self._publish_at(home, key, claim, parcel)
 
-    async def _publish_at(self, home: Member, key: bytes, claim: bytes, parcel: Parcel) -> set[bytes]:
-        """Give the home the first form of the entry that it can use; returns who has the entry by that."""
+    async def _publish_at(self, home: Member, key: bytes, claim: bytes, parcel: Parcel) -> tuple[set[bytes], bool]:
+        """Give the home the first form of the entry that it can use.
+
+        Returns who has the entry by that, and whether the home had it already.
+        """
         for whole in (False, True):
             try:
                 sealed = parcel.sealed(home.keyring, whole=whole)
@@ -309,8 +312,8 @@ class Home:
                 self._fleet.stats.add("peer_failures")
                 break
             if isinstance(answer, Published) and answer.enough:
-                return {home.peer_id.to_bytes(), *answer.served}
-        return {home.peer_id.to_bytes()}
+                return {home.peer_id.to_bytes(), *answer.served}, answer.known
+        return {home.peer_id.to_bytes()}, False
 
     async def published(self) -> None:
         """Wait until nothing is being published any more."""
@@ -452,6 +455,7 @@ class Home:
     async def _published(self, link: Link, message: Publish) -> None:
         try:
             sealed, held_for, keyring = message.sealed, message.resident, link.keyring
+            before = await self._shelf.load(message.key)
             stored = await self._shelf.received(message.key, sealed, held_for, keyring, missing_ok=False)
         except BodyMissing:
             await link.send(Published(message.call, [], False))
@@ -461,7 +465,8 @@ class Home:
         told = self._claims.release(message.claim, None, verdict, trio.current_time())
         self._tell(told)
         served = [] if stored is None else [asker.peer_id.to_bytes() for _, asker, _ in told]
-        await link.send(Published(message.call, served[:1000], True))
+        known = any(stored is one for one in before)
+        await link.send(Published(message.call, served[:1000], True, known))
 
     async def _find(self, question: Question) -> Stored | None:
         """The entry that helps an asker most: from the store, else from the member that is known to hold it."""

@@ -81,6 +81,7 @@ class Host:
         self._swarm: Any = self._host.get_network()
         self._swarm.retry_config = RetryConfig(max_retries=0)
         self._swarm.auto_connector.maybe_connect = _nothing  # it dials whom it has heard of, beside our own dials
+        self._host._schedule_identify = _not_now  # half of what a connection costs, and nobody reads what it tells
         self._swarm.set_resource_manager(None)  # it leaks a slot per cancelled dial: the limits are ours
         self._locks: dict[ID, trio.Lock] = {}
         self._is_member = is_member
@@ -354,6 +355,10 @@ _connecting: ContextVar[trio.CancelScope] = ContextVar("_connecting")  # of the 
 
 async def _nothing(*_: object, **__: object) -> None:
     """In the place of what a library does unasked."""
+
+
+def _not_now(*_: object, **__: object) -> None:
+    """The same, where it is a function."""
 
 
 async def reset(stream: Any) -> None:

@@ -149,6 +149,7 @@ class Published(Frame):
     call: Call
     served: Annotated[list[PeerBytes], Meta(max_length=1000)]
     enough: bool
+    known: bool = False  # somebody else has published the same, and pushed it
 
 
 class Push(Frame):
