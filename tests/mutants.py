@@ -29,6 +29,12 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "node/fleet.py",
+        "if member.heard() <= began:",
+        "if True:",
+        f"{ATTACKS}::test_a_member_that_answers_no_ping_is_dropped_unless_it_is_heard_of",
+    ),
+    Mutant(
         "node/checks.py",
         'raise Rejected("its body is in a coding that is not checked")',
         "return",

@@ -41,6 +41,7 @@ from libp2p.peer.id import ID
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Entry, Keyring, body_digest, cache_key, claim_key
 from httpx_p2pcache.network import Question
+from httpx_p2pcache.node.fleet import PING_SECONDS
 from httpx_p2pcache.node.host import Host
 from httpx_p2pcache.node.protocol import (
     Ask,
@@ -468,6 +469,35 @@ def test_a_peer_that_says_where_others_are_does_not_move_them(start: Start, orig
         for one in (first, second, third):
             all_right(one, origin)
         assert eventually(lambda: third.stat("connected_peers") == 3)
+
+
+@pytest.mark.usefixtures("no_multicast")
+@pytest.mark.parametrize("talks", [True, False], ids=["talks", "is-silent"])
+def test_a_member_that_answers_no_ping_is_dropped_unless_it_is_heard_of(
+    start: Start, origin: Origin, secret: str, talks: bool
+) -> None:
+    """Whoever is too busy to answer in time is not gone: to connect anew would be more work for both."""
+    pinged: list[float] = []
+
+    def busy(member: Hostile, message: Any) -> bytes:
+        if not isinstance(message, Ping):
+            return honest(member, message)
+        pinged.append(time.monotonic())
+        return b""
+
+    with Hostile(secret, busy) as member:
+        runner = start("a", bootstrap_peers=(member.address,))
+        assert eventually(lambda: pinged)
+
+        def parted() -> bool:
+            if talks:
+                member.say(TellCounts("busy", {"requests": len(pinged)}))
+            return bool(runner.stat("connected_peers") == 0)
+
+        until = pinged[0] + 2 * PING_SECONDS
+        assert eventually(lambda: parted() or time.monotonic() > until, 15.0)
+        assert (time.monotonic() > until) == talks
+        all_right(runner, origin, TARGETS[:1])
 
 
 # Floods, from a process of its own: what it does costs the one that is attacked nothing but what it sends

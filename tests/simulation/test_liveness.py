@@ -1,0 +1,27 @@
+"""Who is still there, and what a node survives."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("libp2p")
+
+import trio
+
+from httpx_p2pcache.node.fleet import SILENCE_SECONDS
+from httpx_p2pcache.testing.simulation import Simulation
+
+
+def test_a_link_that_has_just_closed_ends_no_node() -> None:
+    """Between a link's end and its member's leave there is a moment in which everything else goes on."""
+    simulation = Simulation(nodes=3, seed=1)
+
+    async def script() -> None:
+        assert await simulation.formed(), simulation.describe()
+        for member in simulation.nodes[0].fleet.members.values():
+            for link in member.links:
+                link.closed.set()
+        await trio.sleep(SILENCE_SECONDS + 2.0)
+        assert [node.alive for node in simulation.nodes] == [True] * 3
+
+    simulation.play(script)
