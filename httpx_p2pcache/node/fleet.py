@@ -52,11 +52,11 @@ logger = logging.getLogger("httpx_p2pcache")
 
 READY_SECONDS = 3.0  # for a member to tell what it holds
 ADMISSION_SECONDS = 3.0  # how long a stranger may stay before it has proved anything
-SILENCE_SECONDS = 5.0  # after which a member is asked whether it is still there
+SILENCE_SECONDS = 10.0  # after which a member is asked whether it is still there
 URGENT_SECONDS = 1.0  # the same while somebody waits for it
 PING_SECONDS = 2.0
 UNREAD_SECONDS = 0.05  # for what had come already when we, kept from running, found that time was up
-WATCH_SECONDS = 0.25  # between two looks at who owes us something
+WATCH_SECONDS = 0.5  # between two looks at who owes us something
 REMIND_SECONDS = 1.0
 STRANGERS_SECONDS = 1.0
 COUNTS_SECONDS = 2.0  # between two messages to the members about what has been counted
@@ -265,10 +265,11 @@ class Fleet:
             self._part_from(link)
 
     async def _introduce(self, link: Link) -> None:
-        members = [(p.to_bytes(), m.addresses[:16]) for p, m in self.members.items() if self._matters(p)]
+        others = [(p, m) for p, m in self.members.items() if p != link.peer_id and self._matters(p)]
+        members = [(p.to_bytes(), m.addresses[:16]) for p, m in others]
         takes, ready = self.settings.max_body_size, self.joined.is_set()
         addresses, host = self.addresses[:16], socket.gethostname()
-        link.told, link.told_unreached = {peer_of(peer_id) for peer_id, _ in members}, self.unreached
+        link.told, link.told_unreached = {p for p, _ in others}, self.unreached
         await link.send(Introduce(addresses, host, members, takes, ready, self.unreached))
 
     def _introduced(self, link: Link, said: Introduce, how: str, addresses: list[str]) -> None:
@@ -279,6 +280,7 @@ class Fleet:
         member = self.members.get(link.peer_id)
         if member is None:
             member = self.members[link.peer_id] = Member(link.peer_id, how, reachable)
+            self.reach_changed()
             for quota in self.quotas.known():
                 self.spawn(link.send, TellQuota(quota))
         if link not in member.links:
@@ -310,9 +312,11 @@ class Fleet:
         link.knows |= come
         link.knows -= {peer_of(peer_id) for peer_id in said.gone}
         # Of two links the one that spoke last says how things are.
+        before = member.knows, member.unreached
         member.knows, member.unreached = set(list(link.knows)[:MAX_KNOWN]), said.unreached
-        self.reach_changed()
-        if said.come:
+        if before != (member.knows, member.unreached):
+            self.reach_changed()
+        if come - self.members.keys() - {self.host.id}:
             self.spawn(self._judge_reach)
 
     async def _judge_reach(self) -> None:
@@ -422,6 +426,7 @@ class Fleet:
             candidate = self.search.candidates.get(link.peer_id)
             if candidate is not None:
                 candidate.next_try = trio.current_time() + BACK_OFF_SECONDS[0]
+                self.search.look_again()
         self.reach_changed()
 
     # Is everybody still there?

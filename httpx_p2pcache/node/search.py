@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection
+import math
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -130,14 +131,20 @@ class Candidates:
     def due(self, members: Collection[ID], now: float, wanted: Collection[ID] | None = None) -> list[Candidate]:
         """Whom to dial now; of those who are ``wanted``, or else of all."""
         under_way = min(sum(one.dialling for one in self._known.values()), DIALS_AT_ONCE)
-        return [
-            one
-            for one in self._known.values()
-            if (one.peer_id or one.turned_out) not in members
-            and not one.dialling
-            and one.next_try <= now
-            and (wanted is None or one.peer_id in wanted)
-        ][: DIALS_AT_ONCE - under_way]
+        due = [one for one in self._idle(members, wanted) if one.next_try <= now]
+        return due[: DIALS_AT_ONCE - under_way]
+
+    def next_due(self, members: Collection[ID], wanted: Collection[ID] | None = None) -> float:
+        """When the next one is due."""
+        return min((one.next_try for one in self._idle(members, wanted)), default=math.inf)
+
+    def _idle(self, members: Collection[ID], wanted: Collection[ID] | None) -> Iterator[Candidate]:
+        """Who is neither a member nor being dialled."""
+        for one in self._known.values():
+            if one.dialling or (one.peer_id or one.turned_out) in members:
+                continue
+            if wanted is None or one.peer_id in wanted:
+                yield one
 
     def forget_lost(self, members: Collection[ID], now: float) -> list[ID]:
         """Those who have failed often, and are not seen any more, are forgotten; returns who."""
@@ -196,7 +203,7 @@ class Search:
             await joined()
             while True:
                 self._dial_due()
-                with trio.move_on_after(LOOK_AROUND_SECONDS):
+                with trio.move_on_after(self._until_due()):
                     await self._news.wait()
 
     def _dial_due(self) -> bool:
@@ -209,6 +216,11 @@ class Search:
             candidate.dialling = True
             self._fleet.spawn(self._dial, candidate)
         return bool(due)
+
+    def _until_due(self) -> float:
+        """How many seconds it may take until somebody is to be dialled of whom we know already."""
+        due = self.candidates.next_due(self._fleet.members, self._fleet.wanted)
+        return min(max(0.05, due - trio.current_time()), LOOK_AROUND_LATER)
 
     async def _look(self, discovery: Discovery, looked: trio.Event) -> None:
         began = trio.current_time()

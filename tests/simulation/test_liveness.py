@@ -25,3 +25,20 @@ def test_a_link_that_has_just_closed_ends_no_node() -> None:
         assert [node.alive for node in simulation.nodes] == [True] * 3
 
     simulation.play(script)
+
+
+def test_a_fleet_in_which_nothing_happens_says_nothing_new() -> None:
+    """All that is sent is one introduction a second by each, and a ping to who has been silent, and its answer."""
+    simulation, nodes, seconds = Simulation(nodes=6, seed=1), 6, 60
+
+    async def script() -> None:
+        assert await simulation.formed(), simulation.describe()
+        await trio.sleep(5.0)  # what came last is told
+        simulation.network.by_kind.clear()
+        await trio.sleep(seconds)
+
+    simulation.play(script)
+    said = simulation.network.by_kind
+    assert said.keys() <= {"introduce", "ping", "done"}, said
+    assert said["introduce"] <= nodes * (seconds + 1)
+    assert said["ping"] <= 2 * said["introduce"], said
