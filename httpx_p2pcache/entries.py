@@ -158,6 +158,9 @@ def resolved_url(base: str, reference: str) -> str:
         return ""
 
 
+REMEMBERED = 64  # fields of requests whose normal form is kept, and credentials whose identity is
+
+
 class Asker(NamedTuple):
     """Who a request is made as: ``identity`` as peers are told it, and a ``key`` that only who can ask so can have.
 
@@ -206,6 +209,9 @@ class Keyring:
         self._seal = derive(b"seal")
         self._rendezvous = derive(b"rendezvous")
         self.label = derive(b"label").hex()[:16]
+        # A client says the same in each request: what it comes to is worked out once.
+        self._asker = lru_cache(REMEMBERED)(self._asker_of)
+        self._normalised = lru_cache(REMEMBERED)(self._normalise)
         self.every: tuple[Keyring, ...] = (self,) if previous is None else (self, previous)  # the newest first
         self.admission: tuple[bytes, ...] = (derive(b"admission"), *(previous.admission if previous else ()))
 
@@ -224,9 +230,10 @@ class Keyring:
         if self._one_user:
             return Asker(EVERYONE, b"")
         held = [(name, request.headers[name]) for name in request.headers if is_credential(name)]
-        if not held:
-            return Asker(ANONYMOUS, b"")
-        digest = hmac.digest(self._identity, repr(sorted(held)).encode(), "sha256")
+        return self._asker(*sorted(held)) if held else Asker(ANONYMOUS, b"")
+
+    def _asker_of(self, *held: tuple[str, str]) -> Asker:
+        digest = hmac.digest(self._identity, repr([*held]).encode(), "sha256")
         return Asker(digest[:16].hex(), digest[16:])
 
     def selecting(self, headers: Headers, names: Iterable[str]) -> dict[str, str]:
@@ -242,8 +249,9 @@ class Keyring:
         if self._one_user and is_credential(name):
             return None
         lines = headers.get_list(name)
-        if lines is None:
-            return None
+        return None if lines is None else self._normalised(name, *lines)
+
+    def _normalise(self, name: str, *lines: str) -> str:
         members = [part.strip() for line in lines for part in line.split(",")]
         if name in _UNORDERED_FIELDS:
             members = sorted({member.lower().replace(" ", "") for member in members} - {""})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Callable
+from functools import lru_cache
 
 from httpx_p2pcache.entries import Asker, Entry, is_credential
 from httpx_p2pcache.freshness import directives, lifetime, vary_names
@@ -77,6 +78,7 @@ def same_place(old: Entry, new: Entry) -> bool:
     )
 
 
+@lru_cache
 def _accepts(accept_encoding: str | None, codings: str) -> bool:
     """Whether a client that says ``accept_encoding`` takes these content codings (RFC 9110 §12.5.3)."""
     offered: dict[str, bool] = {}
