@@ -131,13 +131,19 @@ MUTANTS = [
         f"{ATTACKS}::test_a_stranger_that_passes_on_a_proof_is_admitted_by_neither",
     ),
     Mutant(
-        "node/host.py",
+        "node/gate.py",
+        "UPGRADE_SECONDS if self._inside <= MAX_STRANGERS // 2 else UPGRADE_CROWDED_SECONDS",
+        "UPGRADE_SECONDS",
+        "unit/test_search.py::test_who_comes_in_a_crowd_has_less_time_to_show_who_it_is",
+    ),
+    Mutant(
+        "node/gate.py",
         "count >= MAX_FAILURES or self._inside >= MAX_STRANGERS",
         "self._inside >= MAX_STRANGERS",
         "unit/test_search.py::test_an_address_of_which_many_have_failed_is_kept_out_for_a_while_and_no_other_is",
     ),
     Mutant(
-        "node/host.py",
+        "node/gate.py",
         "count >= MAX_FAILURES or self._inside >= MAX_STRANGERS",
         "count >= MAX_FAILURES",
         "unit/test_search.py::test_the_gate_lets_in_so_many_strangers_at_a_time_and_the_next_when_one_has_left",

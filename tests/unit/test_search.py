@@ -17,8 +17,9 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.peer.id import ID
 
 from httpx_p2pcache.node.discovery import Sighting
+from httpx_p2pcache.node.gate import MAX_FAILURES, MAX_STRANGERS, NOISY_SECONDS, Gate
 from httpx_p2pcache.node.homes import home_among
-from httpx_p2pcache.node.host import MAX_FAILURES, MAX_STRANGERS, NOISY_SECONDS, Gate, kept_seed
+from httpx_p2pcache.node.host import kept_seed
 from httpx_p2pcache.node.search import (
     BACK_OFF_SECONDS,
     BACK_OFF_SHORT,
@@ -51,6 +52,17 @@ def test_the_gate_lets_in_so_many_strangers_at_a_time_and_the_next_when_one_has_
     gate.passed("10.0.0.0", 0.0, welcome=False)
     assert gate.admits("10.0.0.99", 0.0)
     assert not gate.admits("10.0.0.98", 0.0)
+
+
+def test_who_comes_in_a_crowd_has_less_time_to_show_who_it_is() -> None:
+    gate = Gate()
+    for number in range(MAX_STRANGERS // 2):
+        assert gate.admits(f"10.0.0.{number}", 0.0)
+    patient = gate.patience()
+    assert gate.admits("10.0.1.1", 0.0)
+    assert gate.patience() < patient
+    gate.passed("10.0.1.1", 0.0, welcome=True)
+    assert gate.patience() == patient
 
 
 def test_an_address_of_which_many_have_failed_is_kept_out_for_a_while_and_no_other_is() -> None:
