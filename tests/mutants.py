@@ -29,7 +29,7 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
-        "node/fleet.py",
+        "node/presence.py",
         "if member.heard() <= began:",
         "if True:",
         f"{ATTACKS}::test_a_member_that_answers_no_ping_is_dropped_unless_it_is_heard_of",
@@ -47,8 +47,8 @@ MUTANTS = [
         "unit/test_search.py::test_no_more_than_so_many_are_dialled_at_once",
     ),
     Mutant(
-        "node/fleet.py",
-        "surplus = max(0, len(self.members) - MAX_LINKS)",
+        "node/presence.py",
+        "surplus = max(0, len(fleet.members) - MAX_LINKS)",
         "surplus = 0",
         "simulation/test_large_fleets.py::test_more_than_a_node_can_keep_are_let_go",
     ),

@@ -30,6 +30,7 @@ from httpx_p2pcache.node.home import Home
 from httpx_p2pcache.node.homes import anchors_among, core_among, peer_of
 from httpx_p2pcache.node.host import DIAL_SECONDS, Host, announced, is_loopback, reset
 from httpx_p2pcache.node.members import Link, Member
+from httpx_p2pcache.node.presence import ADMISSION_SECONDS, Presence
 from httpx_p2pcache.node.protocol import (
     FRAME_OVERHEAD,
     Acquainted,
@@ -51,19 +52,12 @@ from httpx_p2pcache.store import Store
 logger = logging.getLogger("httpx_p2pcache")
 
 READY_SECONDS = 3.0  # for a member to tell what it holds
-ADMISSION_SECONDS = 3.0  # how long a stranger may stay before it has proved anything
-SILENCE_SECONDS = 10.0  # after which a member is asked whether it is still there
-URGENT_SECONDS = 1.0  # the same while somebody waits for it
-PING_SECONDS = 2.0
-UNREAD_SECONDS = 0.05  # for what had come already when we, kept from running, found that time was up
 WATCH_SECONDS = 0.5  # between two looks at who owes us something
 REMIND_SECONDS = 1.0
-STRANGERS_SECONDS = 1.0
+LOOK_SECONDS = 1.0  # between two looks at who is not needed, and who is a stranger
 COUNTS_SECONDS = 2.0  # between two messages to the members about what has been counted
 JUDGE_SECONDS = 0.01  # for which what is new about members is collected, longer the more there are
 NEWCOMER_SECONDS = 0.5  # within which somebody who has connected is expected to know the others
-IDLE_SECONDS = 30.0  # after which who was asked is left again, in a fleet that is too large for a mesh
-MAX_LINKS = 512  # members beyond which those are left that were not used for longest; each is a socket and some tasks
 MAX_RUNNERS = 1000  # whose counts one member may tell
 MAX_KNOWN = 1000  # members that one member may have
 MAX_HOLDS = 1000  # cache keys in an inventory, the latest used
@@ -88,9 +82,10 @@ class Fleet:
         self.host: Any = self._make_host()
         self.home = Home(self)
         self.search = Search(self, self._discoveries())
+        self.presence = Presence(self)
         self.unreached = 0  # how many members of our members we cannot reach
         self._judging = False
-        self._there: set[ID] = set()  # members, and members of members
+        self.there: set[ID] = set()  # members, and members of members
         self.large = False  # more nodes than one mesh can have
         self.core = frozenset({self.host.id})  # see homes
         self.wanted: frozenset[ID] | None = None  # whom to be connected to: None for everybody
@@ -103,7 +98,6 @@ class Fleet:
         self._ledger = Ledger(self.settings.dir)
         self._began = time.time()
         self._turns = itertools.count()
-        self._strangers: dict[ID, float] = {}  # who is connected, and since when
         self.counts = TellCounts("", {})  # of this runner
 
     def _make_host(self) -> Any:
@@ -121,9 +115,10 @@ class Fleet:
                     async with trio.open_nursery() as self.nursery:
                         started()
                         self.nursery.start_soon(self.search.run, self._get_ready)
-                        self._every(WATCH_SECONDS, self._watch)
+                        self._every(WATCH_SECONDS, self.presence.watch)
+                        self._every(LOOK_SECONDS, self.presence.let_go)
+                        self._every(LOOK_SECONDS, self.presence.show_out_strangers)
                         self._every(REMIND_SECONDS, self._remind)
-                        self._every(STRANGERS_SECONDS, self._show_out_strangers)
                         self._every(COUNTS_SECONDS, self._tell_counts)
                         await self.stopping.wait()
                         # What has been paid for is handed over first: a short process would share nothing else.
@@ -335,8 +330,8 @@ class Fleet:
         await trio.sleep(min(max(JUDGE_SECONDS, len(self.members) * JUDGE_SECONDS / 5), GRACE_SECONDS))
         self._judging = False
         told: set[ID] = set().union(*(member.knows for member in self.members.values())) - {self.host.id}
-        there, before = told | self.members.keys(), self._there
-        self._there = there
+        there, before = told | self.members.keys(), self.there
+        self.there = there
         if self.large:  # where not everybody is dialled, who is known to nobody any more is not counted upon
             self.search.candidates.doubt(before - there)
         self.find_core()
@@ -410,7 +405,7 @@ class Fleet:
     def _is_ready(self, member: Member) -> None:
         if not member.ready:
             member.ready = True
-            self._ask_whether_there(member)  # how far it is
+            self.presence.ask(member)  # how far it is
         self._somebody_ready.set()
         self._somebody_ready = trio.Event()
 
@@ -429,74 +424,14 @@ class Fleet:
                 self.search.look_again()
         self.reach_changed()
 
-    # Is everybody still there?
-
-    async def _watch(self) -> None:
-        """Claims that end are passed on; members that fall silent are asked, at once where somebody waits for them."""
-        now = trio.current_time()
-        self.home.expire()
-        waited_for = self.home.waited_for()
-        for member in list(self.members.values()):
-            silence = now - max(member.heard(), member.asked)
-            if silence > SILENCE_SECONDS or (silence > URGENT_SECONDS and member.peer_id in waited_for):
-                self._ask_whether_there(member)
+    # What is told again and again
 
     async def _remind(self) -> None:
         """One member in turn is told all anew, whatever it may have missed."""
-        self.spawn(self._let_go)
         if self.members:
             member = list(self.members.values())[next(self._turns) % len(self.members)]
             if member.links:
                 await self._introduce(member.links[0])
-
-    async def _let_go(self) -> None:
-        """In a large fleet: whom we have asked and do not need any more, and more than we can keep.
-
-        A node of the core leaves nobody who may be anchored there, unless they are too many.
-        """
-        if not self.large:
-            return
-        ours, engaged, now = self.host.id, self.home.engaged(), trio.current_time()
-        free = [
-            m for p, m in self.members.items() if p not in (self.wanted or ()) and p not in engaged and not m.busy()
-        ]
-        free.sort(key=Member.used)
-        surplus = max(0, len(self.members) - MAX_LINKS)
-        idle = [m for m in free[surplus:] if now - m.used() > IDLE_SECONDS and (m.dialled() or m.peer_id in self.core)]
-        for member in free[:surplus] + (idle if ours not in self.core else []):
-            self._there.discard(member.peer_id)  # it is not gone
-            await self._leave(member)
-
-    async def _leave(self, member: Member) -> None:
-        for link in list(member.links):
-            await link.close()
-        await self.host.disconnect(member.peer_id)
-
-    def suspect(self, peer_id: ID) -> None:
-        """It has not answered in time: it is left alone until it is heard of, and dropped if it is not."""
-        member = self.members.get(peer_id)
-        if member is not None and not member.suspect:
-            member.suspect = True
-            self._ask_whether_there(member)
-
-    def _ask_whether_there(self, member: Member) -> None:
-        link = next((one for one in member.links if not one.closed.is_set()), None)
-        if link is None:  # it is gone, and about to be forgotten
-            return
-
-        began = member.asked = trio.current_time()
-
-        async def ask() -> None:
-            try:
-                member.rtt = await link.ping(PING_SECONDS)
-            except OSError:
-                await trio.sleep(UNREAD_SECONDS)
-                if member.heard() <= began:  # else it is busy
-                    await self._leave(member)
-                    return
-            member.suspect = False
-
-        self.spawn(ask)
 
     async def _tell_counts(self) -> None:
         """What the processes of this runner have counted goes to every member, when it has changed."""
@@ -510,14 +445,3 @@ class Fleet:
                 if one.runner and member.told_counts.get(one.runner) != one:
                     member.told_counts[one.runner] = one
                     self.spawn(member.send, one)
-
-    async def _show_out_strangers(self) -> None:
-        """Who is connected but was not admitted in time is disconnected."""
-        now = trio.current_time()
-        strangers = [p for p in self.host.connected() if p not in self.members]
-        self._strangers = {p: self._strangers.get(p, now) for p in strangers}
-        for peer_id, since in self._strangers.items():
-            candidate = self.search.candidates.get(peer_id)
-            expected = (candidate and candidate.dialling) or peer_id in self.host.visiting
-            if now - since > ADMISSION_SECONDS and not expected:
-                self.spawn(self.host.disconnect, peer_id)

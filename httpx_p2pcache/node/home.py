@@ -170,7 +170,7 @@ class Home:
             except trio.TooSlowError:
                 # A busy home is heard of, though late; one that says nothing at all is not asked for the time being.
                 if home.heard() < began:
-                    self._fleet.suspect(home.peer_id)
+                    self._fleet.presence.suspect(home.peer_id)
                 raise OSError("the home does not answer") from None
             except OSError:
                 return future  # it is gone

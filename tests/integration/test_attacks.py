@@ -41,8 +41,8 @@ from libp2p.peer.id import ID
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Entry, Keyring, body_digest, cache_key, claim_key
 from httpx_p2pcache.network import Question
-from httpx_p2pcache.node.fleet import PING_SECONDS
 from httpx_p2pcache.node.host import Host
+from httpx_p2pcache.node.presence import PING_SECONDS
 from httpx_p2pcache.node.protocol import (
     Ask,
     Done,

@@ -11,7 +11,7 @@ pytest.importorskip("libp2p")
 import trio
 
 from httpx_p2pcache.node import homes
-from httpx_p2pcache.node.fleet import IDLE_SECONDS
+from httpx_p2pcache.node.presence import IDLE_SECONDS
 from httpx_p2pcache.testing.simulation import SimulatedNode, Simulation
 
 NODES = 20
@@ -93,7 +93,7 @@ def test_more_than_a_node_can_keep_are_let_go(monkeypatch: pytest.MonkeyPatch) -
         assert await peak(simulation) > most
         assert max(links(node) for node in simulation.nodes) <= most + 1  # one may just have come
 
-    monkeypatch.setattr("httpx_p2pcache.node.fleet.MAX_LINKS", most)
+    monkeypatch.setattr("httpx_p2pcache.node.presence.MAX_LINKS", most)
     play(script)
 
 
@@ -129,7 +129,8 @@ def test_when_a_home_dies_another_takes_its_place_in_the_eyes_of_all(seed: int) 
         victim.crash()
         alive = [node for node in simulation.nodes if node is not victim]
         await ask(simulation, alive, "/at-once")
-        assert len(simulation.origin.fetched("/at-once")) <= 4
+        # In that very moment any of the core may be the home in somebody's eyes.
+        assert len(simulation.origin.fetched("/at-once")) <= homes.MESH
         await trio.sleep(10)
         await ask(simulation, alive, *[f"/{number}" for number in range(12)])
         assert sum(len(simulation.origin.fetched(f"/{number}")) for number in range(12)) == 12

@@ -8,7 +8,7 @@ pytest.importorskip("libp2p")
 
 import trio
 
-from httpx_p2pcache.node.fleet import SILENCE_SECONDS
+from httpx_p2pcache.node.presence import SILENCE_SECONDS
 from httpx_p2pcache.testing.simulation import Simulation
 
 
