@@ -376,7 +376,7 @@ class Fleet:
         with trio.move_on_after(READY_SECONDS):
             async with trio.open_nursery() as nursery:
                 for member in list(self.members.values()):
-                    nursery.start_soon(self._call_ready, member)
+                    nursery.start_soon(self._tried, self._call_ready, member)
         self.joined.set()
         for member in self.members.values():  # who has come meanwhile
             if member.peer_id not in self._called_ready:

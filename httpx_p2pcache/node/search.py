@@ -256,6 +256,9 @@ class Search:
                 self._failed.add(discovery.name)
                 logger.warning("%s cannot be used to find peers: %s", discovery.name, exc)
             return False
+        except Exception as exc:  # what others write, and libraries that read it: this way fails, and no other
+            logger.debug("%s has failed: %r", discovery.name, exc, exc_info=True)
+            return False
         self._failed.discard(discovery.name)
         return True
 

@@ -236,6 +236,16 @@ def test_a_record_of_the_far_future_does_not_count_for_ever(tmp_path: Path) -> N
     assert registry.Registry(tmp_path, KEYRING, 1800.0).find() == []
 
 
+def test_a_file_that_its_owner_removes_while_we_look_is_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = pytest.importorskip("httpx_p2pcache.node.discovery.registry")
+    leaving = registry.Registry(tmp_path, KEYRING, 1800.0)
+    leaving.announce(b"peer-id", ["/ip4/127.0.0.1/tcp/1"])
+    seen = list(os.scandir(tmp_path))
+    leaving.withdraw()
+    monkeypatch.setattr(registry.os, "scandir", lambda _: iter(seen))
+    assert registry.Registry(tmp_path, KEYRING, 1800.0).find() == []
+
+
 # The fuzz targets themselves: their seeds, and what they have found, in every run of the tests
 
 

@@ -97,7 +97,10 @@ class Registry:
         self._ahead = self._ours.stat().st_mtime - time.time()
 
     def _read(self, entry: os.DirEntry[str]) -> Record | None:
-        """The record of a file, read again only when it has changed; None for a half, foreign or false one."""
+        """The record of a file, read again only when it has changed; None for a half, foreign or false one.
+
+        Any other process may remove the file at any moment.
+        """
         try:
             status = entry.stat(follow_symlinks=False)
             known = self._known.get(entry.name)
@@ -105,9 +108,8 @@ class Registry:
                 return known[1]
             record = None
             if entry.is_file(follow_symlinks=False) and status.st_size <= MAX_RECORD:
-                record = Record.open(Path(entry.path).read_bytes(), self._keyring, PLACE)
-        except (Rejected, FileNotFoundError):
-            record = None
+                with contextlib.suppress(Rejected):
+                    record = Record.open(Path(entry.path).read_bytes(), self._keyring, PLACE)
         except OSError:
             return None
         self._known[entry.name] = status.st_mtime, record
