@@ -139,7 +139,8 @@ class Host:
             raise SwarmException("closed")
 
         async def upgrade(raw: Any, *arguments: Any) -> Any:
-            _connecting.get().deadline = math.inf
+            if (connecting := _connecting.get(None)) is not None:
+                connecting.deadline = math.inf
             self._raw.add(raw)
             shorten_connection(raw)
             try:
