@@ -101,7 +101,7 @@ class Fleet:
         self.counts = TellCounts("", {})  # of this runner
 
     def _make_host(self) -> Any:
-        return Host(self._accept, self.members.__contains__, self.settings.dir)
+        return Host(self._accept, self.members.__contains__, self.settings.dir, is_expected=self.is_expected)
 
     def _discoveries(self) -> list[Discovery]:
         return discoveries(self)
@@ -139,7 +139,6 @@ class Fleet:
 
     def spawn(self, func: Callable[..., Awaitable[None]], *args: Any) -> None:
         """Run ``func`` in the background; if it fails that costs its own purpose and nothing else."""
-
         try:
             self.nursery.start_soon(self._tried, func, *args)
         except RuntimeError:  # we have left already
@@ -182,6 +181,11 @@ class Fleet:
         return await anyio.to_thread.run_sync(func, abandon_on_cancel=True)
 
     # Who comes, and who is let in
+
+    def is_expected(self, peer_id: ID) -> bool:
+        """Whether it is being dialled, to become a member."""
+        candidate = self.search.candidates.get(peer_id)
+        return candidate is not None and candidate.dialling
 
     async def dial(self, candidate: Candidate, peer_id: ID) -> None:
         """Make a candidate a member. Raises :class:`Rejected` if it does not hold the secret, OSError or else."""

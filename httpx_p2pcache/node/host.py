@@ -54,8 +54,9 @@ logging.getLogger("multiaddr").setLevel(logging.CRITICAL)
 class Host:
     """One libp2p host: listens, dials, opens streams of our protocol. Lives in one trio loop.
 
-    ``on_stream`` is given each stream and whose it is; ``is_member`` says who has been admitted. With ``directory`` the
-    peer ID is that of the last node that was there, unless that still runs.
+    ``on_stream`` is given each stream and whose it is; ``is_member`` says who has been admitted, and ``is_expected`` who
+    is being dialled to become one. With ``directory`` the peer ID is that of the last node that was there, unless that
+    still runs.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Host:
         on_stream: Callable[[Any, ID], Any],
         is_member: Callable[[ID], bool] = lambda _: False,
         directory: Path | None = None,
+        *,
+        is_expected: Callable[[ID], bool] = lambda _: False,
     ) -> None:
         self._key_lock, seed = kept_seed(directory)
         key_pair = create_new_key_pair(seed)
@@ -79,7 +82,7 @@ class Host:
         self._host._schedule_identify = _not_now  # half of what a connection costs, and nobody reads what it tells
         self._swarm.set_resource_manager(None)  # it leaks a slot per cancelled dial: the limits are ours
         self._locks: dict[ID, trio.Lock] = {}
-        self._is_member = is_member
+        self._is_member, self._is_expected = is_member, is_expected
         self.visiting: Counter[ID] = Counter()  # strangers that we talk to ourselves
         self._gate = Gate()
         self._raw: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -258,6 +261,7 @@ class Host:
 
         Raises OSError if it cannot be reached.
         """
+        ours = not self._swarm.get_connections(peer_id)
         try:
             self.visiting[peer_id] += 1
             with trio.fail_after(timeout):
@@ -272,7 +276,9 @@ class Host:
             self.visiting[peer_id] -= 1
             if not self.visiting[peer_id]:
                 del self.visiting[peer_id]
-                if not self._is_member(peer_id):
+                # Who is about to become a member, here or there, may be so over the very same connection.
+                alone = ours and len(self._swarm.get_connections(peer_id)) == 1
+                if alone and not self._is_member(peer_id) and not self._is_expected(peer_id):
                     await self.disconnect(peer_id)
 
     async def disconnect(self, peer_id: ID) -> None:

@@ -95,7 +95,6 @@ class Presence:
         strangers = [p for p in self._fleet.host.connected() if p not in self._fleet.members]
         self._strangers = {p: self._strangers.get(p, now) for p in strangers}
         for peer_id, since in self._strangers.items():
-            candidate = self._fleet.search.candidates.get(peer_id)
-            expected = (candidate and candidate.dialling) or peer_id in self._fleet.host.visiting
+            expected = self._fleet.is_expected(peer_id) or peer_id in self._fleet.host.visiting
             if now - since > ADMISSION_SECONDS and not expected:
                 self._fleet.spawn(self._fleet.host.disconnect, peer_id)

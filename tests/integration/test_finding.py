@@ -441,3 +441,63 @@ def test_the_script_says_what_is_missing(environ: dict[str, str]) -> None:
     done = run("init", **{**environ, "PYTHON": "/usr/bin/false"})
     assert done.returncode == 1
     assert "pip install 'httpx-p2pcache[p2p,cli]'" in done.stderr
+
+
+# A machine that is busy
+
+
+class _Held:
+    """A way to a port on which nothing comes through before ``go`` is set."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.go = threading.Event()
+        self.began: list[float] = []
+        self._open: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._port))
+                self.began.append(time.monotonic())
+                self._open += [near, far]
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        self.go.wait(30)
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def __enter__(self) -> _Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.go.set()
+        for one in (self._listener, *self._open):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+
+@pytest.mark.usefixtures("no_multicast")
+def test_a_handshake_of_two_seconds_makes_a_member(start: Start) -> None:
+    """Where a whole fleet starts on one machine, or every runner on a slow one, that is what it takes."""
+    first = start("a")
+    assert first.wait_until_joined(30)
+    status: Any = first.stats()
+    with _Held(int(status["addresses"][0].rpartition("/")[2])) as way:
+        second = start("b", bootstrap_peers=(f"/ip4/127.0.0.1/tcp/{way.port}/p2p/{status['peer_id']}",))
+        assert eventually(lambda: way.began)
+        assert eventually(lambda: time.monotonic() > way.began[0] + 2.0)
+        assert second.stats()["connected_peers"] == 0
+        way.go.set()
+        met(first, second, how="bootstrap")
+        assert len(way.began) == 1
+        second.close()
