@@ -54,8 +54,8 @@ logging.getLogger("multiaddr").setLevel(logging.CRITICAL)
 class Host:
     """One libp2p host: listens, dials, opens streams of our protocol. Lives in one trio loop.
 
-    ``on_stream`` is given each stream and whose it is; ``is_member`` says who has been admitted, and ``is_expected`` who
-    is being dialled to become one. With ``directory`` the peer ID is that of the last node that was there, unless that
+    ``on_stream`` is given each stream and whose it is; ``is_member`` says who has been admitted, ``is_expected`` who is
+    being dialled to become one. With ``directory`` the peer ID is that of the last node that was there, unless that
     still runs.
     """
 
