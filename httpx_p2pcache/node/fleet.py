@@ -215,10 +215,11 @@ class Fleet:
             logger.debug("a peer was not admitted: %r", exc)
             self.stats.add("rejected")
             await reset(stream)
-            if peer_id not in self.members:
-                # Only who has proved not to hold the secret is kept away: a member may be slow, or gone in between.
-                leave = self.host.refuse if isinstance(exc, Rejected) else self.host.disconnect
-                await leave(peer_id)
+            # Only who has proved not to hold the secret is kept away: a member may be slow, or gone in between.
+            if peer_id not in self.members and isinstance(exc, Rejected):
+                await self.host.refuse(peer_id)
+            elif peer_id not in self.members and not self.is_expected(peer_id):
+                await self.host.disconnect(peer_id)
             return
         link = Link(stream, peer_id, keyring, self._frame_limit)
         known = self.search.candidates.get(peer_id)
