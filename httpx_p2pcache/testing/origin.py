@@ -62,7 +62,7 @@ class Origin:
     """The server. ``with Origin(made_up(100), latency=0.08) as origin: origin.url``; every method is thread-safe.
 
     ``latency`` is the seconds each answer takes, ``limit`` the calls each token has (a 304 is free). ``resources``
-    may be changed while it runs.
+    and ``latency`` may be changed while it runs: a request takes the latency that there was when it arrived.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Origin:
         self.latency = latency
         self.limit = limit
         self.calls: list[Call] = []
+        self.arrived = 0  # requests, answered or not
         self._reset_at = time.time() + reset_after
         self._used: Counter[str] = Counter()
         self._forbidden: set[tuple[str, str]] = set()
@@ -132,8 +133,11 @@ class Origin:
 
     def _answer(self, method: str, target: str, fields: Mapping[str, str], body: bytes) -> tuple[int, list[Any], bytes]:
         token = fields.get("Authorization", "")
-        if self.latency:
-            time.sleep(self.latency)
+        with self._lock:
+            latency = self.latency
+            self.arrived += 1
+        if latency:
+            time.sleep(latency)
         with self._lock:
             status, head, content = self._decide(method, target, token, fields, body)
             if status != 304:

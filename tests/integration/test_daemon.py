@@ -137,11 +137,11 @@ class Client:
         return answer
 
     def begin(self, target: str) -> None:
-        """Ask in the background; returns once the call is on its way to the origin."""
-        calls = self.stat("origin_calls")
+        """Ask in the background; returns once the call has arrived at the origin."""
+        arrived = self._origin.arrived
         self.ask(target, "begin")
         assert self.hear() == {"begun": True}
-        assert eventually(lambda: self.stat("origin_calls") == calls + 1)
+        assert eventually(lambda: self._origin.arrived == arrived + 1)
 
     def sees_the_daemon(self) -> bool:
         return self.stat("peer_id") is not None

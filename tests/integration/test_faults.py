@@ -597,7 +597,7 @@ client.close()
     assert process.stdout is not None
     assert process.stdin is not None
     assert process.stdout.readline() == "begins\n"
-    assert eventually(lambda: under_way(origin), 10)
+    assert eventually(lambda: origin.arrived, 10)
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "interrupted\n"
     origin.latency = 0.0
@@ -608,11 +608,6 @@ client.close()
     assert time.monotonic() - began < 3.0
     status, _, complaints = timed_end(process)
     assert (status, complaints) == (0, "")
-
-
-def under_way(origin: Origin) -> int:
-    """Connections to the origin."""
-    return len(origin._server._connections)
 
 
 @pytest.fixture(params=["asyncio"])

@@ -50,8 +50,8 @@ def ask(transport: P2PCacheTransport, url: str, token: str | None = None) -> htt
 def test_old_and_new_meet_only_through_who_holds_both_and_share_there(start: Start, origin: Origin) -> None:
     both = start("both", shared_secret=NEW, previous_secret=OLD)
     old, new = start("old", shared_secret=OLD), start("new", shared_secret=NEW)
-    assert eventually(lambda: peers_of(both) == {name_of(old), name_of(new)}, 30)
-    assert (peers_of(old), peers_of(new)) == ({name_of(both)}, {name_of(both)})
+    meet = {name_of(both): {name_of(old), name_of(new)}, name_of(old): {name_of(both)}, name_of(new): {name_of(both)}}
+    assert eventually(lambda: {name_of(one): peers_of(one) for one in (both, old, new)} == meet, 30)
     # Who holds both reaches most, and so is home to everything, once all have seen that.
     assert eventually(lambda: [one.stats()["unreached"] for one in (both, old, new)] == [0, 1, 1], 10)
     seen = [{peer["peer_id"]: peer["unreached"] for peer in one.stats()["peers"]} for one in (old, new)]  # type: ignore[attr-defined]
