@@ -10,8 +10,8 @@ from hishel import Headers
 from httpx_p2pcache.entries import Entry
 from httpx_p2pcache.freshness import http_date
 
-_TAG = re.compile(r'\*|(?:W/)?"[^"]*"')
-_RANGE = re.compile(r"bytes\s*=\s*(\d{0,15})\s*-\s*(\d{0,15})\s*", re.IGNORECASE)
+_TAG = re.compile(r'(?:W/)?"[^"]*"')
+_RANGE = re.compile(r"bytes\s*=\s*(\d{0,40})\s*-\s*(\d{0,40})\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ def not_modified(entry: Entry, headers: Headers) -> bool:
     """Whether the caller's copy is the entry (§13.2.2): If-None-Match if there is one, else If-Modified-Since."""
     if "if-none-match" in headers:
         etag = entry.first("etag")
-        tags = _TAG.findall(headers["if-none-match"])
-        return "*" in tags or (etag is not None and opaque(etag) in map(opaque, tags))
+        theirs = headers["if-none-match"]
+        return theirs.strip() == "*" or (etag is not None and opaque(etag) in tags_of(theirs))
     since = http_date(headers.get("if-modified-since"))
     if since is None:  # "A recipient MUST ignore ... if the received field value is not a valid HTTP-date"
         return False
@@ -48,6 +48,11 @@ def not_modified(entry: Entry, headers: Headers) -> bool:
     if modified is None:
         modified = http_date(entry.first("date"))
     return (entry.received if modified is None else modified) <= since
+
+
+def tags_of(if_none_match: str) -> set[str]:
+    """The entity tags of an If-None-Match as :func:`opaque` gives them; none of one that is ``*``."""
+    return {opaque(tag) for tag in _TAG.findall(if_none_match)}
 
 
 def opaque(etag: str) -> str:
@@ -62,8 +67,11 @@ def range_holds(entry: Entry, headers: Headers) -> bool:
         return True
     if condition.startswith('"'):
         return condition == entry.first("etag")
-    date = http_date(condition)
-    return date is not None and date == http_date(entry.first("last-modified"))
+    condition_date, modified, date = map(http_date, (condition, entry.first("last-modified"), entry.first("date")))
+    if modified is None or condition_date != modified:
+        return False
+    # §8.8.2.2: a date is a strong validator only where the origin had a whole second in which to notice a change.
+    return date is not None and date - modified >= 1
 
 
 def wanted(ranges: str, size: int) -> tuple[int, int] | None:
@@ -106,7 +114,6 @@ def combined(headers: Headers, ours: dict[str, str]) -> dict[str, str]:
     """
     if "if-none-match" in headers and "if-none-match" in ours:
         theirs = headers["if-none-match"]
-        known = [opaque(tag) for tag in _TAG.findall(theirs)]
-        tags = theirs if opaque(ours["if-none-match"]) in known else f"{theirs}, {ours['if-none-match']}"
-        return {"if-none-match": tags}
+        alone = theirs.strip() == "*" or opaque(ours["if-none-match"]) in tags_of(theirs)  # "*" has no company
+        return {"if-none-match": theirs if alone else f"{theirs}, {ours['if-none-match']}"}
     return ours

@@ -252,12 +252,15 @@ class Keyring:
         return None if lines is None else self._normalised(name, *lines)
 
     def _normalise(self, name: str, *lines: str) -> str:
-        members = [part.strip() for line in lines for part in line.split(",")]
-        if name in _UNORDERED_FIELDS:
-            members = sorted({member.lower().replace(" ", "") for member in members} - {""})
-            if name == "accept" and not members:
-                members = ["*/*"]  # gh sends the field without a value, and means what others say by this
-        value = ", ".join(members)
+        if name == "user-agent":  # no list: a comma in it is one
+            value = ", ".join(line.strip() for line in lines)
+        else:
+            members = [part.strip() for line in lines for part in _outside_quotes(",", line)]
+            if name in _UNORDERED_FIELDS:
+                members = sorted({_caseless(member) for member in members} - {""})
+                if name == "accept" and not members:
+                    members = ["*/*"]  # gh sends the field without a value, and means what others say by this
+            value = ", ".join(members)
         if name in CLEAR_FIELDS:
             return value
         return hmac.digest(self._identity, f"{name}:{value}".encode(), "sha256").hex()[:32]
@@ -302,6 +305,30 @@ class Keyring:
         if entry.body and body_digest(entry.body) != entry.digest:
             raise Rejected("an entry's body and its digest do not agree")
         return entry
+
+
+def _outside_quotes(mark: str, text: str) -> list[str]:
+    """``text`` split at every ``mark`` that stands in no quoted string (RFC 9110 §5.6.4)."""
+    parts, quoted, escaped, begin = [], False, False, 0
+    for at, character in enumerate(text):
+        if escaped:
+            escaped = False
+        elif quoted and character == "\\":
+            escaped = True
+        elif character == '"':
+            quoted = not quoted
+        elif character == mark and not quoted:
+            parts.append(text[begin:at])
+            begin = at + 1
+    return [*parts, text[begin:]]
+
+
+def _caseless(member: str) -> str:
+    """One member of such a list without needless space; what has no case in lower case, which a parameter's value may
+    have (RFC 9110 §5.6.6)."""
+    value, *parameters = [part.strip() for part in _outside_quotes(";", member)]
+    pairs = [part.partition("=") for part in parameters if part]
+    return ";".join([value.lower(), *(f"{name.strip().lower()}{sign}{said.strip()}" for name, sign, said in pairs)])
 
 
 _DECODER = msgspec.msgpack.Decoder(Entry)

@@ -173,7 +173,7 @@ class Exchange:
         yield Run(partial(self.store.invalidate, keys))
         if self.network.active:
             yield Wait(self.network.invalidate(keys), self.settings.lookup_timeout)
-        if _answers_get(request, reply):
+        if _answers_get(request, reply) and "no-store" not in directives(request.headers):
             lookup = Lookup(self, hishel.Request("GET", request.url, request.headers), {})
             answer.keep = Keep(lookup, reply, time.time(), Lease(self, lookup.key, bytes(16)))
             answer.cache_status += "; stored"

@@ -29,8 +29,10 @@ _LONGEST = 2**31  # RFC 9111 §1.2.2: what a delta-seconds too large to represen
 _HEURISTIC_SHARE = 0.1  # RFC 9111 §4.2.2: "A typical setting of this fraction might be 10%."
 
 _DIRECTIVE = re.compile(
-    r"""\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*)))?\s*(?:,|$)|[^,]*(?:,|$)"""
+    r"""\s*([!#$%&'*+.^_`|~0-9A-Za-z-]+)(?:\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*)))?\s*(?:,|$)|([^,]*)(?:,|$)"""
 )
+# What a member that is no directive may have been meant to be: read as strictly as it can be (§4.2.1).
+_MEANT = re.compile(r"(?<![A-Za-z0-9_-])(no-store|no-cache|private|must-revalidate|max-age)(?![A-Za-z0-9_-])", re.I)
 _DELTA = re.compile(r"\s*(\d+)\s*")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _TIME = r"(?P<h>\d\d):(?P<m>\d\d):(?P<s>\d\d)"
@@ -50,9 +52,10 @@ def directives(headers: Headers | Mapping[str, list[str]]) -> dict[str, str | No
     """
     lines = headers.get_list("cache-control") if isinstance(headers, Headers) else headers.get("cache-control")
     found: dict[str, str | None] = {}
-    for name, quoted, plain in (match for line in lines or () for match in _DIRECTIVE.findall(_short(line))):
+    for name, quoted, plain, other in (match for line in lines or () for match in _DIRECTIVE.findall(_short(line))):
         key, argument = name.lower(), (re.sub(r"\\(.)", r"\1", quoted) if quoted else plain) or None
         if not key:
+            found |= dict.fromkeys(map(str.lower, _MEANT.findall(other)))
             continue
         if key in found and found[key] != argument:
             argument = _stricter(key, found[key], argument)
@@ -66,10 +69,14 @@ def _short(line: str) -> str:
 
 
 def _stricter(name: str, a: str | None, b: str | None) -> str | None:
+    if name == "max-stale" and (a is None or b is None):  # without an argument it is willing to accept any
+        return b if a is None else a
     if a is None or b is None:  # an argument narrows no-cache and private, and is missed by max-age
         return None
     if name in ("no-cache", "private"):
         return f"{a},{b}"
+    if name == "min-fresh":
+        return str(max(seconds(a), seconds(b)))
     return str(min(seconds(a), seconds(b)))
 
 
@@ -232,10 +239,14 @@ def storable_fields(headers: Headers) -> dict[str, list[str]]:
     """The response fields that may be stored (§3.1): none that belong to the connection, none named as ``no-cache``."""
     fields = {name: headers.get_list(name) or [] for name in headers}
     dropped = {name.strip().lower() for line in fields.get("connection", ()) for name in line.split(",")}
-    no_cache = directives(headers).get("no-cache")
-    if no_cache:  # §5.2.2.4: the qualified form limits only the listed fields
-        dropped |= {name.strip().lower() for name in no_cache.split(",")}
+    dropped |= _unproven(headers)
     return {name: lines for name, lines in fields.items() if name not in dropped and name not in _CONNECTION_FIELDS}
+
+
+def _unproven(headers: Headers | Mapping[str, list[str]]) -> set[str]:
+    """The fields that a qualified ``no-cache`` lists: each use of them would have to be validated (§5.2.2.4)."""
+    listed = directives(headers).get("no-cache") or ""
+    return set(re.split(r"[\s,]+", listed.lower())) - {""}
 
 
 # §3.2: never Content-Length, nor what "the cache's stored response depends upon": our bodies are stored as they came.
@@ -245,4 +256,6 @@ _NOT_UPDATED = frozenset({"content-encoding", "content-length", "content-range"}
 def freshened(stored: Mapping[str, list[str]], not_modified: Headers) -> dict[str, list[str]]:
     """The stored fields updated by those of a 304 (RFC 9111 §3.2)."""
     updates = storable_fields(not_modified)
-    return {**stored, **{name: lines for name, lines in updates.items() if name not in _NOT_UPDATED}}
+    fields = {**stored, **{name: lines for name, lines in updates.items() if name not in _NOT_UPDATED}}
+    unproven = _unproven(fields)
+    return {name: lines for name, lines in fields.items() if name not in unproven}

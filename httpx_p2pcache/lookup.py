@@ -19,7 +19,7 @@ from hishel import CacheOptions, Headers
 from httpx_p2pcache import parts
 from httpx_p2pcache.answers import Answer, Discard, Effect, Read, Reply, Run, Wait, Way, caching
 from httpx_p2pcache.claims import FLEET_PATIENCE, Granted, Look, Verdict
-from httpx_p2pcache.conditions import combined, opaque, viewed
+from httpx_p2pcache.conditions import combined, opaque, tags_of, viewed
 from httpx_p2pcache.entries import ANONYMOUS, Entry, body_digest, cache_key, claim_key
 from httpx_p2pcache.freshness import (
     directives,
@@ -111,7 +111,7 @@ class Lookup:
             if answer is not None:
                 return answer
             if "only-if-cached" in self.wishes:  # §5.2.1.7
-                return Answer(None, None, "fwd=request; detail=only-if-cached", caching("local"))
+                return Answer(None, None, "detail=only-if-cached", caching("local"))
             if self.ranged:
                 return (yield from self._fetch_part(lease))
 
@@ -334,10 +334,14 @@ class Lookup:
                 begun = None  # not what was asked for: once more, for the whole
                 continue
             if reply.status == 304:
-                if self.conditional and not self._proves_ours(state, reply):
-                    lease.settle(Verdict.ABANDONED)  # it is about the caller's copy: those who wait need one
+                if isinstance(state, hishel.CacheMiss) or (self.conditional and not self._proves_ours(state, reply)):
+                    # It is about the caller's copy, or about none at all: those who wait need one.
+                    lease.settle(Verdict.ABANDONED)
                     return Answer(None, reply, f"fwd={why}; fwd-status=304", caching("origin"))
                 yield Discard()
+                if not self._names_ours(state, reply):
+                    state, why = hishel.CacheMiss(_OPTIONS, self.shown), "miss"
+                    continue
             seen = hishel.Response(reply.status, reply.headers)
             # The machine compares with the tag that it knows; the new one is stored with the other fields.
             if (
@@ -354,7 +358,7 @@ class Lookup:
                 state = state.next()
             if not isinstance(state, hishel.CacheMiss):
                 break
-            why = "miss"  # a 304 that fits nothing we hold: once more, without conditions
+            why = "miss"  # a 304 that fits nothing we hold: once more, without conditions of ours
         if isinstance(state, hishel.NeedToBeUpdated):
             return (yield from self._freshen(state, reply, sent, lease))
         if self.request.method == "HEAD" and reply.status == 200:
@@ -419,6 +423,17 @@ class Lookup:
         """Whether a 304 is about what we hold, and not about the copy that the caller holds."""
         if not isinstance(state, hishel.NeedRevalidation):
             return False
+        ours = state.request.headers.get("if-none-match")
+        if "if-none-match" in self.request.headers:
+            # Which of several tags it is about it has to say (§4.3.4); about a date it does not speak beside tags.
+            theirs = tags_of(self.request.headers["if-none-match"])
+            return ours is not None and (
+                theirs == {opaque(ours)} or ("etag" in reply.headers and self._names_ours(state, reply))
+            )
+        return ours is not None or "if-modified-since" in state.request.headers
+
+    def _names_ours(self, state: hishel.NeedRevalidation, reply: Reply) -> bool:
+        """Whether the entity tag of a 304, if it has one, is the one that we have sent, if we have (§4.3.4)."""
         ours, named = state.request.headers.get("if-none-match"), reply.headers.get("etag")
         return ours is None or named is None or opaque(named) in (opaque(ours), opaque(self._respelt(state) or ours))
 
@@ -432,6 +447,8 @@ class Lookup:
                 name not in reply.headers or reply.headers[name] == stored.entry.first(name)
                 for name in ("etag", "last-modified", "content-length")
             ):
+                if "no-store" in directives(reply.headers):  # §5.2.2.5
+                    continue
                 store.refresh(stored, self._renewed(stored.entry, stored.entry.headers, reply, sent), since=sent)
             else:
                 store.remove(self.key, [stored.id])
@@ -444,12 +461,14 @@ class Lookup:
         stored = self._stored(shown) if other is None else other[0]
         fields = stored.entry.headers if other is None else adopted(stored.entry, other[1])
         entry = self._renewed(stored.entry, fields, reply, sent)
-        fresh: Stored | None
-        if other is None:
+        fresh: Stored | None = None
+        if "no-store" in directives(reply.headers):  # §5.2.2.5: nothing of it is stored, the old fields are stale
+            pass
+        elif other is None:
             fresh = yield Run(partial(exchange.store.refresh, stored, entry, since=sent))
         else:
             fresh = yield Run(partial(exchange.store.save, entry, since=sent))
-        if fresh is None:  # it was written to meanwhile: an answer to this request, and to no other
+        if fresh is None:  # or it was written to meanwhile: an answer to this request, and to no other
             lease.settle(Verdict.ABANDONED)
             fresh = exchange.store.passing(stored, entry)
         elif other is not None and lease.fleet is None:

@@ -8,7 +8,7 @@ tag, so that they are parts of the same bytes. A part is not sent to peers; what
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -62,6 +62,8 @@ def combined(entry: Entry, known: Iterable[Entry]) -> Entry | None:
     if ours is None:
         return None
     first, body = ours.first, entry.body
+    fields: dict[str, list[str]] = dict(entry.headers)
+    selecting = dict(entry.selecting)
     for other in known:
         theirs = span(other)
         if theirs is None or theirs.size != ours.size or strong_tag(other) is None:
@@ -71,16 +73,19 @@ def combined(entry: Entry, known: Iterable[Entry]) -> Entry | None:
             before = other.body[: max(0, first - theirs.first)]
             after = other.body[max(0, end - theirs.first) :]
             first, body = min(first, theirs.first), before + body + after
+            fields = freshened(other.headers, Headers(fields))  # a 206 to If-Range need not say all again (§3.4)
+            selecting = {**other.selecting, **selecting}
     whole = len(body) == ours.size
-    fields: dict[str, list[str]] = {**entry.headers, "content-length": [str(len(body))]}
+    fields["content-length"] = [str(len(body))]
     if whole:
-        del fields["content-range"]
+        fields.pop("content-range", None)
     else:
         fields["content-range"] = [f"bytes {first}-{first + len(body) - 1}/{ours.size}"]
     return msgspec.structs.replace(
         entry,
         method="GET" if whole else PART,
         status=200 if whole else 206,
+        selecting=selecting,
         headers=fields,
         body=body,
         digest=body_digest(body),
@@ -97,13 +102,8 @@ def rest(part: Entry, limit: int) -> dict[str, str] | None:
 
 def completed(part: Entry, entry: Entry) -> Entry | None:
     """The whole, of a part and the 206 that was asked for by :func:`rest`; None if they do not make one."""
-    whole = combined(msgspec.structs.replace(entry, headers=_newer(part.headers, entry)), [part])
+    whole = combined(entry, [part])
     return whole if whole is not None and whole.status == 200 else None
-
-
-def _newer(fields: Mapping[str, list[str]], entry: Entry) -> dict[str, list[str]]:
-    newer = freshened(fields, Headers(entry.headers))  # §3.4: "the new response's header fields ... are used"
-    return {**newer, "content-range": entry.headers.get("content-range", [])}
 
 
 def strong_tag(entry: Entry) -> str | None:

@@ -844,6 +844,132 @@ SCENARIOS: dict[str, tuple[Step, ...]] = {
         )
         for name, value in {"If-Match": '"mine"', "If-Unmodified-Since": "Tue, 01 Jan 2019 00:00:00 GMT"}.items()
     },
+    # --- whose copy a 304 is about, and what of it is kept -------------------------------------------------------
+    "a 304 to the caller's own tag says nothing of an entry that has none (4.3.4)": (
+        fetched(cc="max-age=10", fields=DATED),
+        Step(Answer(b"", 304, {"ETag": 'W/"mine"'}), "", 304, request={"If-None-Match": 'W/"mine"'}, after=20),
+        fetched("two", "max-age=60"),
+    ),
+    "a 304 without a tag is about the caller's copy, unless the caller's tags are ours (4.3.4)": (
+        fetched(cc="max-age=10", fields=ETAG),
+        Step(Answer(b"", 304), "", 304, request={"If-None-Match": '"mine"'}, after=20),
+        Step(Answer(b"", 304, cc("max-age=60")), "", 304, request={"If-None-Match": '"v1"'}),
+        stored(after=30),
+    ),
+    "a 304 to the caller's date says nothing of an entry without validators (4.3.4)": (
+        fetched(cc="max-age=10"),
+        Step(Answer(b"", 304), "", 304, request={"If-Modified-Since": "Tue, 01 Jan 2030 00:00:00 GMT"}, after=20),
+        fetched("two"),
+    ),
+    "a 304 that names another tag than was sent proves nothing (4.3.4)": (
+        fetched(cc="max-age=10", fields={"ETag": 'W/"v1"'}),
+        validated("two", fields={"ETag": 'W/"v2"'}, after=20, sent={"if-none-match": 'W/"v1"'}),
+        stored("two"),
+    ),
+    "a 304 to a request without conditions is passed on (RFC 9110 15.4.5)": (
+        Step(Answer(raw=b"HTTP/1.1 304 Not Modified\r\nConnection: close\r\n\r\n"), "", 304),
+        fetched(cc="max-age=60"),
+    ),
+    "If-None-Match: * is sent as it is (RFC 9110 13.1.2)": (
+        fetched(cc="max-age=10", fields=ETAG),
+        Step(Answer(b"", 304, ETAG), "", 304, request={"If-None-Match": "*"}, after=20, sent={"if-none-match": "*"}),
+    ),
+    "an If-None-Match with a star in it is not one that is a star (RFC 9110 13.1.2)": (
+        fetched(cc="max-age=60", fields=ETAG),
+        stored(request={"If-None-Match": "no*tag"}),
+        stored(request={"If-None-Match": '"*"'}),
+    ),
+    "of a 304 with no-store nothing is stored (5.2.2.5)": (
+        fetched(cc="max-age=10", fields={**ETAG, "X-Version": "1"}),
+        validated(cc="no-store, max-age=60", fields={**ETAG, "X-Version": "2"}, after=20, seen={"x-version": "2"}),
+        validated(cc="max-age=60", fields=ETAG, seen={"x-version": "1"}),
+        stored(after=30),
+    ),
+    "of a HEAD's answer with no-store nothing is stored (5.2.2.5, 4.3.5)": (
+        fetched(cc="max-age=10", fields=ETAG),
+        Step(Answer(b"one", 200, {**ETAG, "Cache-Control": "no-store, max-age=60"}), "", method="HEAD", after=20),
+        validated(cc="max-age=60", fields=ETAG, sent={"if-none-match": '"v1"'}),
+    ),
+    "who posts with no-store has nothing stored (5.2.1.5)": (
+        Step(
+            Answer(b"posted", 200, {"Cache-Control": "max-age=60", "Content-Location": "/thing"}),
+            "posted",
+            method="POST",
+            request=cc("no-store"),
+        ),
+        fetched(cc="max-age=60"),
+    ),
+    "fields that a 304 lists in no-cache are reused no more (5.2.2.4)": (
+        fetched(cc="max-age=10", fields={**ETAG, "X-Mine": "1"}),
+        validated(cc='max-age=60, no-cache="x-mine"', fields=ETAG, after=20),
+        stored(seen={"x-mine": None}),
+    ),
+    "fields that the stored no-cache lists are not taken from a 304 (5.2.2.4)": (
+        fetched(cc='max-age=10, no-cache="x-mine x-other"', fields={**ETAG, "X-Mine": "1"}),
+        validated(fields={**ETAG, "X-Mine": "2"}, after=20),
+        stored(seen={"x-mine": None}),
+    ),
+    # --- ranges --------------------------------------------------------------------------------------------------
+    "a date is a strong validator only a second after the change (RFC 9110 8.8.2.2, 13.1.5)": (
+        fetched("0123456789", "max-age=60", {"Last-Modified": 0.0, "Date": 0.0}),
+        stored("0123456789", request={"Range": "bytes=0-3", "If-Range": "Wed, 18 May 2033 03:33:20 GMT"}),
+    ),
+    "the rest without a tag does not complete a beginning (3.4)": (
+        part("0123", 0, request={"Range": "bytes=0-3"}),
+        Step(
+            Answer(b"ABCDEF", 206, {"Content-Range": "bytes 4-9/10", "Cache-Control": "max-age=60"}),
+            "ABCDEF",
+            status=206,
+        ),
+    ),
+    "parts that are put together have the fields of both (3.2, 3.4)": (
+        part("0123", 0, fields={**ETAG, "Content-Type": "text/x"}, request={"Range": "bytes=0-3"}),
+        part("456789", 4, request={"Range": "bytes=4-9"}),
+        stored("0123456789", seen={"content-type": "text/x"}),
+    ),
+    "a range may end far beyond what there is (RFC 9110 14.1.2)": (
+        fetched("0123456789", "max-age=60"),
+        stored("56789", status=206, request={"Range": "bytes=5-99999999999999999999"}),
+    ),
+    # --- what is read as strictly as it can be ----------------------------------------------------------------------
+    **{
+        f"{value!r} is not fresh (4.2.1)": (fetched(cc=value), fetched("two"))
+        for value in (
+            "no-store max-age=9",
+            "no-store; max-age=9",
+            "no-cache no-store",
+            "max-age=0 must-revalidate",
+            "max-age=9 private",
+            'max-age="9',
+            "max-age:9",
+            'no-cache="x',
+            '"no-store"',
+        )
+    },
+    "the greatest min-fresh and the least max-stale count (5.2.1)": (
+        fetched(cc="max-age=60"),
+        fetched("two", "max-age=60", after=40, request=[("Cache-Control", "min-fresh=5, min-fresh=50")]),
+        fetched("three", after=80, request=[("Cache-Control", "max-stale=5, max-stale")]),
+    ),
+    # --- Vary keeps apart what may differ (4.1) ----------------------------------------------------------------------
+    **{
+        f"{name}: {one} and {other} are two (4.1)": (
+            fetched("one", "max-age=60", {"Vary": name}, request={name: one}),
+            fetched("two", "max-age=60", {"Vary": name}, request={name: other}),
+            stored("one", request={name: one}),
+        )
+        for name, one, other in (
+            ("Accept", 'a/b;p="X"', 'a/b;p="x"'),
+            ("Accept", 'a/b;p="x y"', 'a/b;p="xy"'),
+            ("Accept", 'a/b;p="x,  y"', 'a/b;p="x, y"'),
+            ("X-Mine", '"a,b"', '"a, b"'),
+            ("User-Agent", "x (a,b)", "x (a, b)"),
+        )
+    },
+    "Accept is the same in another order, another case and with other space (4.1)": (
+        fetched("one", "max-age=60", {"Vary": "Accept"}, request={"Accept": 'Text/HTML;Q=0.5, a/b ; p="X"'}),
+        stored("one", request={"Accept": 'a/b;p="X",text/html;q=0.5'}),
+    ),
 }
 
 
