@@ -16,6 +16,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 ATTACKS, FAULTS = "integration/test_attacks.py", "integration/test_faults.py"
 HOSTILE = "unit/test_hostile.py"
+CONFORMANCE = "conformance/test_rfc9111.py::test_sync"
 
 
 class Mutant(NamedTuple):
@@ -42,8 +43,8 @@ MUTANTS = [
     ),
     Mutant(
         "node/search.py",
-        "][: DIALS_AT_ONCE - under_way]",
-        "]",
+        "return due[: DIALS_AT_ONCE - under_way]",
+        "return due",
         "unit/test_search.py::test_no_more_than_so_many_are_dialled_at_once",
     ),
     Mutant(
@@ -201,6 +202,18 @@ MUTANTS = [
         "body = entry.body if sealing is None else",
         "body = entry.body if True else",
         "unit/test_store.py::test_bodies_at_rest_are_sealed_and_under_another_key_the_store_is_cold",
+    ),
+    Mutant(
+        "lookup.py",
+        'if "no-store" in directives(reply.headers):  # §5.2.2.5: nothing',
+        "if False:  # §5.2.2.5: nothing",
+        f"{CONFORMANCE}[of a 304 with no-store nothing is stored (5.2.2.5)]",
+    ),
+    Mutant(
+        "lookup.py",
+        "theirs == {opaque(ours)} or (",
+        "True or (",
+        f"{CONFORMANCE}[a 304 without a tag is about the caller's copy, unless the caller's tags are ours (4.3.4)]",
     ),
     Mutant(
         "origins.py",
