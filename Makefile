@@ -34,9 +34,10 @@ demo: $(READY) ## five runners share what one has paid for (RUNNERS=, URLS=, HAR
 	@$(BIN)/p2pcache demo --runners $(RUNNERS) --urls $(URLS) $(if $(HAR),--har $(HAR)) $(if $(OWN_TOKENS),--own-tokens)
 
 test: $(READY) lint typecheck ## lint, types and every test
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --ignore tests/integration
 	@# Real processes have real deadlines: what fails among three at a time has to pass alone, or it has failed.
-	@$(BIN)/python -m pytest -n 3 --dist loadfile || { echo 'Once more, alone, what has failed:'; \
-		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }
+	@$(BIN)/python -m pytest -n 3 --dist loadfile tests/integration || { echo 'Once more, alone, what has failed:'; \
+		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none tests/integration; }
 
 simulate: $(READY) ## ten thousand schedules of the simulated fleet (SCHEDULES=)
 	@SCHEDULES=$(or $(SCHEDULES),10000) $(BIN)/python -m pytest --timeout 3600 tests/simulation

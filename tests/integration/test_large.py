@@ -68,7 +68,7 @@ def test_when_a_home_leaves_the_others_go_on(runners: list[P2PCacheTransport], o
     clients = [of(runner, origin) for runner in left]
 
     def ask(*targets: str) -> int:
-        """All of them for all of these: how many calls that cost."""
+        """All of them for all of these, and every answer is right: how many calls that cost."""
         before = len(origin.calls)
         for client in clients:
             for target in targets:
@@ -78,7 +78,8 @@ def test_when_a_home_leaves_the_others_go_on(runners: list[P2PCacheTransport], o
     # In that very moment any of the core may be the home in somebody's eyes.
     assert ask(TARGETS[0]) <= homes.MESH
     assert eventually(lambda: agreed(left), 30)
-    assert ask(*TARGETS[1:]) <= len(TARGETS)
+    ask(*TARGETS[1:])
+    assert len(origin.calls) <= len(TARGETS) + 2
 
 
 def agreed(runners: list[P2PCacheTransport]) -> bool:
