@@ -106,6 +106,7 @@ class Exchange:
         network = self.network.after_fork()
         self.quotas.after_fork()
         self.network = network
+        self.store.behind = not network.by_file
         self.flights = Flights(self.settings.claim_timeout, time.monotonic)
         self.stats = Stats()
         self.github.after_fork(self.stats)
@@ -118,12 +119,13 @@ class Exchange:
             return None
         found = self.store.peek(cache_key(request.url))
         seen = self.github.seen(request)
-        answer = self.fresh(seen, self.keyring.asker(seen), found) if found else None
-        if answer is not None:
-            self.stats.add("requests", endpoint=endpoint(request.method, request.url))
-        return answer
+        best = self.fresh(seen, self.keyring.asker(seen), found) if found else None
+        if best is None:
+            return None
+        self.stats.add("requests", endpoint=endpoint(request.method, request.url))
+        return self.from_store(best, time.time(), source="local")
 
-    def fresh(self, request: hishel.Request, asker: Asker, found: list[Stored]) -> Answer | None:
+    def fresh(self, request: hishel.Request, asker: Asker, found: list[Stored]) -> Stored | None:
         """The newest of ``found`` that a plain request (as :meth:`GitHub.seen`) may have without validation."""
         now, best, value_of = time.time(), None, self.value_of(request)
         for stored in found:
@@ -134,7 +136,7 @@ class Exchange:
                 and (best is None or stored.entry.age(now) < best.entry.age(now))
             ):
                 best = stored
-        return None if best is None else self.from_store(best, now, source="local")
+        return best
 
     def way(
         self, request: hishel.Request, caller: Hashable, patience: float | None, *, background: bool = False

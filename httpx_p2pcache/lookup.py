@@ -74,6 +74,7 @@ class Lookup:
         )
         self.background = background
         self.conditional = not CONDITIONS.isdisjoint(request.headers)
+        self.plain = SPECIAL.isdisjoint(request.headers)
         self.ranged = "range" in request.headers and request.method == "GET"
         self.exchange = exchange
         self.request = request
@@ -88,6 +89,8 @@ class Lookup:
         self.parts: list[Stored] = []  # 206s that this identity may use
         self.others: dict[uuid.UUID, tuple[Stored, str]] = {}  # what it may use once the origin has said 304 to a tag
         self.collapsed = False
+        self._found: list[Stored] | None = None  # by the last look, ...
+        self._state: Stored | hishel.AnyState  # ... and what it came to
 
     def way(self, caller: Hashable) -> Way:
         exchange = self.exchange
@@ -96,13 +99,8 @@ class Lookup:
         lease = Lease(exchange, self.key, claim)
         source = "local"
         try:
-            if SPECIAL.isdisjoint(self.request.headers):
-                found = yield Run(partial(exchange.store.load, self.key))
-                answer = exchange.fresh(self.seen, self.asker, found)
-                if answer is not None:
-                    return answer
             state = yield from self._look()
-            if isinstance(state, hishel.FromCache):
+            if isinstance(state, Stored):
                 return self._serve(state, source)
             answer = self._while_revalidate(state)
             if answer is not None:
@@ -123,7 +121,7 @@ class Lookup:
                 lease.flight = ticket.id
             # Look again inside the flight: between our look-up and the ticket another flight may have landed.
             state = yield from self._look()
-            if isinstance(state, hishel.FromCache):
+            if isinstance(state, Stored):
                 lease.settle(Verdict.PUBLISHED)
                 return self._serve(state, source)
 
@@ -131,7 +129,7 @@ class Lookup:
                 source = "peer"
             if source == "peer" or lease.fleet is not None:
                 state = yield from self._look()
-                if isinstance(state, hishel.FromCache):
+                if isinstance(state, Stored):
                     lease.settle(Verdict.PUBLISHED)
                     return self._serve(state, source)
             return (yield from self._fetch(state, lease))
@@ -139,14 +137,23 @@ class Lookup:
             lease.give_up(Verdict.FAILED if isinstance(exc, Exception) else Verdict.ABANDONED)
             raise
 
-    def _look(self) -> Generator[Effect, Any, hishel.AnyState]:
-        """What hishel's machine says to what the store holds now."""
+    def _look(self) -> Generator[Effect, Any, Stored | hishel.AnyState]:
+        """What the store holds now that may be served, or what hishel's machine says to what it holds."""
         store, now = self.exchange.store, time.time()
         found: list[Stored] | None = store.peek(self.key)
         if found is None:
             found = yield Run(partial(store.load, self.key))
+        if found is self._found:  # nothing has come, and nothing has gone
+            return self._state
+        self._found = found
+        self._state = yield from self._judged(found, now)
+        return self._state
+
+    def _judged(self, found: list[Stored], now: float) -> Generator[Effect, Any, Stored | hishel.AnyState]:
         exchange, value_of = self.exchange, self.exchange.value_of(self.seen)
-        found = found or []
+        if self.plain and (best := exchange.fresh(self.seen, self.asker, found)) is not None:
+            self.held = [best]
+            return best
         self.held = [
             stored
             for stored in found
@@ -161,7 +168,8 @@ class Lookup:
         self.others = {}
         if self.shared:
             shown += yield Run(partial(self._others, found, now))
-        return hishel.IdleClient(options=_OPTIONS).next(self.shown, shown)
+        state = hishel.IdleClient(options=_OPTIONS).next(self.shown, shown)
+        return self._stored(state.entry) if isinstance(state, hishel.FromCache) else state
 
     def _incomplete(self, stored: Stored, view: hishel.Entry) -> bool:
         """Whether it would have to be validated, and a 304 would not tell all."""
@@ -181,8 +189,7 @@ class Lookup:
             shown.append(machine_unproven(stored.entry, stored.id, etag, now))
         return shown
 
-    def _serve(self, state: hishel.FromCache, source: str) -> Answer:
-        stored = self._stored(state.entry)
+    def _serve(self, stored: Stored, source: str) -> Answer:
         return self._viewed(self.exchange.from_store(stored, time.time(), source=source, collapsed=self.collapsed))
 
     def _viewed(self, answer: Answer) -> Answer:
@@ -227,7 +234,7 @@ class Lookup:
 
     def _while_revalidate(self, state: hishel.AnyState) -> Answer | None:
         """What may be served stale while it is revalidated in the background (RFC 5861 §3)."""
-        if not self.background or not SPECIAL.isdisjoint(self.request.headers):
+        if not self.background or not self.plain:
             return None
         if not isinstance(state, hishel.NeedRevalidation) or state.revalidating_entries[0].id in self.others:
             return None
@@ -353,7 +360,7 @@ class Lookup:
                 seen = hishel.Response(reply.status, Headers({**_lists(reply.headers), **known}))
             state = state.next(machine_response(seen))
             if isinstance(state, hishel.InvalidateEntries):
-                ours = [id_ for id_ in state.entry_ids if id_ not in self.others]
+                ours = [stored for stored in self.held if stored.id in state.entry_ids]
                 yield Run(partial(exchange.store.remove, self.key, ours))
                 state = state.next()
             if not isinstance(state, hishel.CacheMiss):
@@ -395,7 +402,7 @@ class Lookup:
             entry = entry and self.asker.vouch(entry)
         yield Discard()
         if entry is None:
-            yield Run(partial(exchange.store.remove, self.key, [part.id]))
+            yield Run(partial(exchange.store.remove, self.key, [part]))
             return None
         if self._storable(reply):
             stored = yield Run(partial(exchange.store.save, entry, since=sent))
@@ -451,7 +458,7 @@ class Lookup:
                     continue
                 store.refresh(stored, self._renewed(stored.entry, stored.entry.headers, reply, sent), since=sent)
             else:
-                store.remove(self.key, [stored.id])
+                store.remove(self.key, [stored])
 
     def _freshen(self, state: hishel.NeedToBeUpdated, reply: Reply, sent: float, lease: Lease) -> Way:
         """The origin said 304: what we hold is still right (RFC 9111 §4.3.4)."""

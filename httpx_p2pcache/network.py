@@ -85,6 +85,8 @@ class PeerNetwork(Protocol):
     - ``close`` returns within two seconds with nothing left running.
     """
 
+    by_file: bool  # whether it is by the file of their store that the runner's processes have each other's entries
+
     @property
     def active(self) -> bool:
         """Whether a question can be asked: the node has joined, though it may be the only one so far."""
@@ -152,6 +154,7 @@ class NoPeers:
     """The fleet of one: nobody to ask, nobody to tell."""
 
     active = False
+    by_file = True
 
     def joined(self) -> Future[None]:
         return done()

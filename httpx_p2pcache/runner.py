@@ -144,6 +144,7 @@ def _start(settings: Settings) -> Exchange:
         sealing=keyring if settings.encrypt_at_rest else None,
     )
     network = _network(settings, store, keyring, stats, quotas)
+    store.behind = not network.by_file
     ledger = Ledger(settings.dir)
     ledger.follow(stats)
     return Exchange(settings, store, keyring, stats, network, github, quotas, ledger)

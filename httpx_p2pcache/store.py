@@ -3,12 +3,18 @@
 The memory layer holds what was read or written last, decoded and with its decisions prepared. It is valid only while
 SQLite's ``data_version`` is unchanged, which says in 4 µs whether another process has written; then it is emptied.
 
+What adds is in memory at once. In a process with a node, which tells all others by itself (``behind``), a thread writes
+it a moment later, so that no caller waits for the disk; what takes away is written at once, after all that was to be
+written before it. What a process removes while another has not yet written it is not written any more: a table of its
+own, ``tombstones``, says so. A process that is killed loses the last moment's entries.
+
 What hishel stores for us: the request's selecting fields instead of its header, and beside the response's exact fields
 one whose name no field can have, ``:p2pcache``, with the body's form, identity, initial age, time of receipt, voucher.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import math
@@ -18,7 +24,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -40,14 +46,25 @@ CHECKED_PAGES = 8192  # a file of up to 32 MiB is checked when it is opened, whi
 PEEK_SECONDS = 0.002  # what a look into memory may wait for a thread that writes
 TOMBSTONE_SECONDS = 3600.0  # how long an invalidation outlives a publication that was on its way
 MAX_TOMBSTONES = 100_000
+BEHIND_SECONDS = 0.01  # by which writing stays behind: at once it would meet the caller's next look-up at the lock
+MAX_UNWRITTEN = 32 * 1024**2  # bytes that may be unwritten: who brings more waits for the disk
+STOP_SECONDS = 0.5  # that close() waits for it to end, who has nothing left to do
+IDLE_SECONDS = 5.0  # after which a thread that has nothing to write ends
 _EVERYBODY = "*"
 _FILE = "p2pcache-v1.db"
 _META = ":p2pcache"
 _AT_REST = b"at rest "
+_TOMBSTONES = (
+    "CREATE TABLE IF NOT EXISTS tombstones"
+    " (cache_key BLOB, identity TEXT, since REAL NOT NULL, PRIMARY KEY (cache_key, identity)) WITHOUT ROWID"
+)
+SAME_AGE = 1.0  # seconds by which the age of one entry may differ between two processes of the runner
 
 
 class Store:
     """Entries by cache key. Every method is thread-safe and may touch the disk, except :meth:`peek`.
+
+    With ``behind``, :meth:`save` and :meth:`refresh` do not touch it where memory knows the key.
 
     ``any_coding`` says of a URL that clients which differ in ``Accept-Encoding`` share its entries where they can. With
     ``sealing`` bodies are sealed in the file; what was stored without it, or under another secret, is removed when met.
@@ -64,13 +81,20 @@ class Store:
         default_ttl: float,
         any_coding: Callable[[str], bool] = lambda _: False,
         sealing: Keyring | None = None,
+        behind: bool = False,
     ) -> None:
+        self.behind = behind
+        self._unwritten: deque[tuple[bytes, int, Callable[[SqliteStorage], None]]] = deque()
+        self._unwritten_bytes = 0
+        self._waiting: Counter[bytes] = Counter()  # how much of each key is unwritten
+        self._writer: threading.Thread | None = None
+        self._no_more = threading.Event()  # for the writer of this moment
         self._sealing = sealing
         self._any_coding = any_coding
         self.directory = directory
         self._max_size = max_size
         self._default_ttl = default_ttl
-        self._lock = threading.RLock()
+        self._new_lock()
         self._storage: SqliteStorage | None = None
         self._connection: sqlite3.Connection | None = None
         self._version = -1
@@ -103,14 +127,15 @@ class Store:
         finally:
             self._lock.release()
 
-    def load_soon(self, key: bytes) -> list[Stored] | None:
-        """:meth:`load`, if no other thread is at work on the store; else None. For a loop that must not wait."""
-        if not self._lock.acquire(timeout=PEEK_SECONDS):
-            return None
+    @contextlib.contextmanager
+    def soon(self) -> Iterator[bool]:
+        """Whether no other thread is at work on the store, nor will be meanwhile. For a loop that must not wait."""
+        free = self._lock.acquire(timeout=PEEK_SECONDS)
         try:
-            return self.load(key)
+            yield free
         finally:
-            self._lock.release()
+            if free:
+                self._lock.release()
 
     def load(self, key: bytes) -> list[Stored]:
         """All entries of a cache key, of every identity; from memory where that is valid."""
@@ -119,6 +144,8 @@ class Store:
             return found
         # Under the lock from the first row to the last: what is remembered is what no other thread has removed since.
         with self._lock:
+            if key in self._waiting:
+                self.flush()
             storage, found = self._open(), []
             for row in storage.get_entries(key.hex()):
                 try:
@@ -129,7 +156,7 @@ class Store:
                     continue
                 else:
                     if not self._is_void(key, entry.identity, entry.received):  # else its removal has failed
-                        found.append(self._prepared(row.id, entry))
+                        found.append(self._prepared(entry, row.id, row.id))
             self._remember(key, found)
             return found
 
@@ -139,22 +166,15 @@ class Store:
         ``since`` is when the origin was asked, if that is known, else when the response was received.
         """
         key = cache_key(entry.url)
-        with self._writing():
-            storage = self._open()
-            if self._is_void(key, entry.identity, entry.received if since is None else since):
+        asked = entry.received if since is None else since
+        with self._lock:
+            if self._is_void(key, entry.identity, asked):
                 return None
-            replaced = [s for s in self.load(key) if same_place(s.entry, entry)]
-            request, response = _to_hishel(entry, self._sealing)
-            created = storage.create_entry(request, response, key.hex())
-            stream = created.response.stream
-            assert isinstance(stream, Iterator)
-            for _ in stream:  # reading it to its end is what saves it
-                pass
-            stored = self._prepared(created.id, entry)
-            for old in replaced:
-                storage.remove_entry(old.id)
-            kept = [s for s in self._memory.get(key, ()) if s not in replaced]
-            self._remember(key, [*kept, stored])
+            held = self.load(key)
+            replaced = [s for s in held if same_place(s.entry, entry)]
+            stored = self._prepared(entry, uuid.uuid4())
+            self._remember(key, [*(s for s in held if s not in replaced), stored])
+            self._write(key, len(entry.body), partial(self._insert, key, stored, replaced, asked))
         return stored
 
     def refresh(self, stored: Stored, entry: Entry, *, since: float) -> Stored | None:
@@ -163,51 +183,138 @@ class Store:
         None if it was invalidated after ``since``, when the origin was asked.
         """
         key = cache_key(entry.url)
-        with self._writing():
-            storage = self._open()
+        with self._lock:
             if self._is_void(key, entry.identity, since):
                 return None
-            storage.update_headers(stored.id, _fields(entry, self._sealing))
-            fresh = self._prepared(stored.id, entry)
-            kept = [s for s in self.load(key) if s.id != stored.id]
-            self._remember(key, [*kept, fresh])
+            fresh = self._prepared(entry, stored.id, stored.row)
+            self._remember(key, [*(s for s in self.load(key) if not s.is_same(stored)), fresh])
+            self._write(key, 0, partial(self._update, stored, fresh))
         return fresh
 
     def passing(self, stored: Stored, entry: Entry) -> Stored:
         """``entry`` as if it were stored in the place of ``stored``: for one answer."""
-        return self._prepared(stored.id, entry)
+        return self._prepared(entry, stored.id)
 
     def refuse(self, key: bytes, identity: str, *, since: float) -> None:
         """The origin refuses an identity: what it was given before ``since`` is removed, and not taken from peers."""
         with self._lock:
-            self.remove(key, [stored.id for stored in self.load(key) if stored.entry.identity == identity])
-            self._bury(key, identity, since)
+            self.remove(key, [stored for stored in self.load(key) if stored.entry.identity == identity])
+            self._bury([key], identity, since)
 
-    def remove(self, key: bytes, ids: Collection[uuid.UUID]) -> None:
+    def remove(self, key: bytes, removed: Collection[Stored]) -> None:
         """Remove single entries of a key."""
-        with self._writing():
-            storage = self._open()
-            for id_ in ids:
-                storage.remove_entry(id_)
+        with self._writing() as storage:
+            for stored in removed:
+                self._delete(storage, stored)
             if key in self._memory:
-                self._remember(key, [s for s in self._memory[key] if s.id not in ids])
+                self._remember(key, [s for s in self._memory[key] if not any(s.is_same(one) for one in removed)])
 
     def invalidate(self, keys: list[bytes]) -> None:
         """Remove every entry of these keys, whoever's (RFC 9111 §4.4), and refuse older ones that still arrive."""
         now = time.time()
-        with self._writing():
-            storage = self._open()
+        with self._writing() as storage:
             for key in keys:
                 for stored in self.load(key):
-                    storage.remove_entry(stored.id)
+                    self._delete(storage, stored)
                 self._remember(key, [])
-                self._bury(key, _EVERYBODY, now)
+            self._bury(keys, _EVERYBODY, now)
+
+    def flush(self) -> None:
+        """Write what is still to be written."""
+        while self._unwritten:
+            self._write_next()
+
+    def _write(self, key: bytes, size: int, job: Callable[[SqliteStorage], None]) -> None:
+        """Have ``size`` bytes written: at once, or behind."""
+        self._unwritten.append((key, size, job))
+        self._unwritten_bytes += size
+        self._waiting[key] += 1
+        if not self.behind or self._unwritten_bytes > MAX_UNWRITTEN:
+            self.flush()
+        elif self._writer is not None:
+            self._something.notify()
+        else:
+            # A daemon, as the node's thread is: what it has not written when the interpreter ends, atexit writes.
+            self._no_more = threading.Event()
+            self._writer = threading.Thread(
+                target=self._write_behind, args=(self._no_more,), name="p2pcache-store", daemon=True
+            )
+            self._writer.start()
+
+    def _write_behind(self, no_more: threading.Event) -> None:
+        """A writer's life: one job at a time, between which others may have the lock."""
+        while True:
+            with self._lock:
+                while not self._unwritten:
+                    if no_more.is_set() or not (self._something.wait(IDLE_SECONDS) or self._unwritten):
+                        if self._no_more is no_more:
+                            self._writer = None
+                        return
+            no_more.wait(BEHIND_SECONDS)
+            self.flush()
+
+    def _write_next(self) -> None:
+        with self._writing(flushed=False) as storage:
+            if not self._unwritten:  # another thread has been quicker
+                return
+            key, size, job = self._unwritten.popleft()
+            self._unwritten_bytes -= size
+            self._waiting[key] -= 1
+            if not self._waiting[key]:
+                del self._waiting[key]
+            try:
+                job(storage)
+            except Exception:  # it stays in memory
+                logger.debug("an entry could not be written", exc_info=True)
+
+    def _insert(self, key: bytes, stored: Stored, replaced: list[Stored], since: float, storage: SqliteStorage) -> None:
+        if self._others_have_written() and (
+            self._was_buried(key, stored.entry.identity, since) or self._is_outdone(storage, key, stored)
+        ):
+            return
+        request, response = _to_hishel(stored.entry, self._sealing)
+        created = storage.create_entry(request, response, key.hex())
+        stream = created.response.stream
+        assert isinstance(stream, Iterator)
+        for _ in stream:  # reading it to its end is what saves it
+            pass
+        stored.row = created.id
+        for old in replaced:
+            self._delete(storage, old)
+
+    def _is_outdone(self, storage: SqliteStorage, key: bytes, stored: Stored) -> bool:
+        """Whether another process of the runner has stored the same, or newer, meanwhile; what is older is removed."""
+        now = time.time()
+        for row in storage.get_entries(key.hex()):
+            try:
+                theirs = _from_hishel(row, self._sealing)
+            except (KeyError, ValueError, Rejected, RuntimeError, sqlite3.Error):
+                continue
+            if not same_place(theirs, stored.entry):
+                continue
+            newer = stored.entry.age(now) - theirs.age(now)
+            if theirs.digest == stored.entry.digest and abs(newer) <= SAME_AGE:
+                stored.row = row.id
+                return True
+            if newer > 0:
+                return True
+            storage.remove_entry(row.id)
+        return False
+
+    def _update(self, stored: Stored, fresh: Stored, storage: SqliteStorage) -> None:
+        fresh.row = stored.row
+        if fresh.row is not None:
+            storage.update_headers(fresh.row, _fields(fresh.entry, self._sealing))
+
+    @staticmethod
+    def _delete(storage: SqliteStorage, stored: Stored) -> None:
+        if stored.row is not None:
+            storage.remove_entry(stored.row)
 
     def clear(self) -> int:
         """Remove every entry; returns how many there were. Raises OSError if that is not possible."""
         with self._lock:
             entries, _ = self.size()
-            self._open()
             assert self._connection is not None
             try:
                 if self._connection.execute("PRAGMA database_list").fetchone()[2] == "":
@@ -223,6 +330,7 @@ class Store:
     def keys(self, limit: int) -> list[bytes]:
         """The cache keys of up to ``limit`` entries, the latest used first."""
         with self._lock:
+            self.flush()
             rows = self._select(
                 "SELECT cache_key FROM entries WHERE chunk_count IS NOT NULL AND expires_at IS NULL"
                 " GROUP BY cache_key ORDER BY max(last_accessed_at) DESC LIMIT ?",
@@ -233,6 +341,7 @@ class Store:
     def size(self) -> tuple[int, int]:
         """Number of entries, and bytes of the database."""
         with self._lock:
+            self.flush()
             entries = self._select("SELECT count(*) FROM entries WHERE chunk_count IS NOT NULL AND expires_at IS NULL")
             used = self._select(
                 "SELECT (page_count - freelist_count) * page_size"
@@ -241,13 +350,22 @@ class Store:
         return (int(entries[0][0]), int(used[0][0])) if entries and used else (0, 0)
 
     def close(self) -> None:
-        """Close the file. A later call opens it again."""
+        """Write what is still to be written, and close the file. A later call opens it again."""
         with self._lock:
-            if self._storage is not None:
-                self._storage.close()
-            self._storage = self._connection = None
-            self._version = -1
-            self._forget()
+            self._no_more.set()
+            self._something.notify_all()
+            writer = self._writer
+            self._shut()
+        if writer is not None and writer is not threading.current_thread():
+            writer.join(STOP_SECONDS)
+
+    def _shut(self) -> None:
+        self.flush()
+        if self._storage is not None:
+            self._storage.close()
+        self._storage = self._connection = None
+        self._version = -1
+        self._forget()
 
     def _select(self, sql: str, parameters: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
         """Rows of our own query; none if the file turns out to be damaged, which is then moved aside."""
@@ -265,18 +383,44 @@ class Store:
         """Whether a key was written to, or an identity refused, after ``since``."""
         return any(self._tombstones.get((key, who), -math.inf) > since for who in (_EVERYBODY, identity))
 
-    def _bury(self, key: bytes, identity: str, now: float) -> None:
-        self._tombstones[key, identity] = now
-        self._tombstones.move_to_end((key, identity))
+    def _bury(self, keys: list[bytes], identity: str, now: float) -> None:
+        """What of these keys was asked for before ``now`` is void: here, and in other processes that still write it."""
+        for key in keys:
+            self._tombstones[key, identity] = now
+            self._tombstones.move_to_end((key, identity))
+        assert self._connection is not None
+        try:
+            with self._connection as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("DELETE FROM tombstones WHERE since < ?", (now - TOMBSTONE_SECONDS,))
+                connection.executemany(
+                    "INSERT OR REPLACE INTO tombstones VALUES (?, ?, ?)", [(key, identity, now) for key in keys]
+                )
+        except sqlite3.Error:
+            logger.debug("a removal could not be noted for other processes", exc_info=True)
         while next(iter(self._tombstones.values())) < now - TOMBSTONE_SECONDS or len(self._tombstones) > MAX_TOMBSTONES:
             self._tombstones.popitem(last=False)
 
+    def _was_buried(self, key: bytes, identity: str, since: float) -> bool:
+        """The same, as any process of the runner has noted it."""
+        assert self._connection is not None
+        sql = "SELECT 1 FROM tombstones WHERE cache_key = ? AND identity IN (?, ?) AND since > ?"
+        return self._connection.execute(sql, (key, _EVERYBODY, identity, since)).fetchone() is not None
+
+    def _others_have_written(self) -> bool:
+        """Whether another process has written since memory was emptied for that the last time."""
+        assert self._connection is not None
+        (version,) = self._connection.execute("PRAGMA data_version").fetchone()
+        return bool(version != self._version)
+
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, *, flushed: bool = True) -> Iterator[SqliteStorage]:
         with self._lock:
-            _at_work.store = self
+            if flushed:
+                self.flush()
+            storage, _at_work.store = self._open(), self
             try:
-                yield
+                yield storage
             finally:
                 _at_work.store = None
 
@@ -284,8 +428,8 @@ class Store:
         self._memory.clear()
         self._memory_bytes = 0
 
-    def _prepared(self, id_: uuid.UUID, entry: Entry) -> Stored:
-        return Stored(id_, entry, self._default_ttl, self._any_coding(entry.url))
+    def _prepared(self, entry: Entry, id_: uuid.UUID, row: uuid.UUID | None = None) -> Stored:
+        return Stored(id_, entry, self._default_ttl, self._any_coding(entry.url), row)
 
     def _remember(self, key: bytes, found: list[Stored]) -> None:
         if key in self._memory:
@@ -319,6 +463,7 @@ class Store:
                 raise sqlite3.DatabaseError("database disk image is malformed")
             with storage._lock:  # the schema is made now: hishel would make it in the middle of a look-up
                 storage._ensure_connection()
+            connection.execute(_TOMBSTONES)
             connection.execute(f"PRAGMA busy_timeout={BUSY_MS}")
             (self._version,) = connection.execute("PRAGMA data_version").fetchone()
         except BaseException:
@@ -350,16 +495,24 @@ class Store:
     # SQLite must not be open across a fork: a child that inherits its lock table takes no locks, and one that is forked
     # while another thread is inside it inherits a mutex that nobody will release. So both sides begin closed.
 
+    def _new_lock(self) -> None:
+        self._lock = threading.RLock()
+        self._something = threading.Condition(self._lock)  # to be written
+
     def _before_fork(self) -> None:
         self._lock.acquire()
         try:
-            self.close()
+            self._shut()
         except sqlite3.Error:  # then it is left to the child as it is, which does not use it
             self._storage = self._connection = None
 
     def _after_fork(self, *, child: bool) -> None:
         if child:
-            self._lock = threading.RLock()
+            self._new_lock()
+            self._unwritten_bytes = 0
+            self._unwritten.clear()  # it is the parent's, if it could not be written
+            self._waiting.clear()
+            self._writer = None
         else:
             self._lock.release()
 
@@ -379,6 +532,12 @@ def _after_fork(*, child: bool) -> None:
         _forking.pop()._after_fork(child=child)
 
 
+def _flush_all() -> None:
+    for store in list(_stores):
+        store.flush()
+
+
+atexit.register(_flush_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_before_fork,

@@ -14,10 +14,13 @@ from httpx_p2pcache.freshness import directives, lifetime, vary_names
 class Stored:
     """An entry at rest, with what a hit needs prepared: nothing is parsed again while it stays in memory."""
 
-    __slots__ = ("codings", "control", "entry", "fresh_for", "id", "memo", "raw_headers", "reusable", "vary")
+    __slots__ = ("codings", "control", "entry", "fresh_for", "id", "memo", "raw_headers", "reusable", "row", "vary")
 
-    def __init__(self, id_: uuid.UUID, entry: Entry, default_ttl: float, any_coding: bool) -> None:
+    def __init__(
+        self, id_: uuid.UUID, entry: Entry, default_ttl: float, any_coding: bool, row: uuid.UUID | None = None
+    ) -> None:
         self.id = id_
+        self.row = row  # in the file; None until it is written
         self.entry = entry
         self.memo: dict[object, object] = {}  # what was computed of it once and is needed again
         self.control = directives(entry.headers)
@@ -36,6 +39,10 @@ class Stored:
             if name != "age"
             for line in lines
         ]
+
+    def is_same(self, other: Stored) -> bool:
+        """Whether both are one entry at rest, which may have been loaded twice."""
+        return self.id == other.id or (self.row is not None and self.row == other.row)
 
     def made_by(self, asker: Asker) -> bool:
         """Whether it was fetched by one who asks as this one does. Whether that was so is found out once."""

@@ -53,6 +53,7 @@ class _Daemon:
         loopback = None if self._port is None else socket.create_server(("127.0.0.1", self._port))
         door_path, node_path = door_socket(self._settings.dir), node_socket(self._settings.dir)
         exchange = runner.acquire(self._settings)
+        exchange.store.behind = False  # what it has found, its processes read from the file
         transport = P2PCacheTransport(settings=self._settings)
         label, largest = exchange.keyring.label, self._settings.max_body_size
         self._server = Server(exchange.network, exchange.store, exchange.quotas, label, largest)

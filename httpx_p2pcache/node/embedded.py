@@ -35,6 +35,8 @@ class EmbeddedNode:
     nobody to ask. A node that cannot start says so once and leaves a working local cache.
     """
 
+    by_file = False
+
     def __init__(
         self,
         settings: Settings,

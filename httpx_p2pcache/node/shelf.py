@@ -52,8 +52,17 @@ class Shelf:
         )
 
     async def load(self, key: bytes) -> list[Stored]:
-        held = self._fleet.store.load_soon(key)
-        return held if held is not None else await self._fleet.in_worker(partial(self._fleet.store.load, key))
+        store = self._fleet.store
+        with store.soon() as free:
+            if free:
+                return store.load(key)
+        return await self._fleet.in_worker(partial(store.load, key))
+
+    def is_light(self, key: bytes) -> bool:
+        """Whether all that is held of a key can be looked at, sealed and sent in a moment."""
+        store = self._fleet.store
+        with store.soon() as free:
+            return free and sum(len(stored.entry.body) for stored in store.load(key)) <= LARGE
 
     def sealed(self, stored: Stored, question: Question, keyring: Keyring) -> bytes:
         return self.seal(stored, keyring, light=stored.entry.digest == question.holds)
@@ -102,7 +111,11 @@ class Shelf:
                 return stored
         fleet.stats.add("received")
         # Its age is counted from when the origin was asked: what was written since then makes it void.
-        return await fleet.in_worker(partial(fleet.store.save, entry, since=now - entry.initial_age))
+        since = now - entry.initial_age
+        with fleet.store.soon() as free:
+            if free and fleet.store.behind:
+                return fleet.store.save(entry, since=since)
+        return await fleet.in_worker(partial(fleet.store.save, entry, since=since))
 
 
 class Parcel:

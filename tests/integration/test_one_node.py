@@ -163,11 +163,11 @@ def test_a_bad_setting_is_named(runner_of: Runners) -> None:
 
 def test_it_ends_by_itself_when_nobody_uses_it(runner_of: Runners, origin: Origin) -> None:
     runner = runner_of()
-    pid = json.loads(runner.p2pcache("init", "--idle", "3", "--json"))["pid"]
+    pid = json.loads(runner.p2pcache("init", "--idle", "5", "--json"))["pid"]
     load = runner.start(LOAD, *urls_of(origin)[:1])
     try:
         assert eventually(lambda: asked(load)["active"])
-        threading.Event().wait(3.5)  # longer than that, while it is used
+        threading.Event().wait(5.5)  # longer than that, while it is used
         assert runner.status()["pid"] == pid
     finally:
         load.communicate(timeout=60)

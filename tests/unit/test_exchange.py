@@ -32,6 +32,7 @@ numbers = itertools.count()
 def exchange(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exchange]:
     directory: Path = tmp_path_factory.mktemp("store")
     held = runner.acquire(Settings(dir=directory, enable_p2p=False, default_ttl=DEFAULT_TTL))
+    held.store.behind = False  # its thread would outlive a test
     yield held
     runner.release(held)
 

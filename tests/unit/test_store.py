@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from made import URL, an_entry, said
+from waiting import eventually
 
 from httpx_p2pcache import store as store_module
 from httpx_p2pcache.entries import Entry, Keyring, cache_key
@@ -33,8 +34,8 @@ latin = st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_ch
 names = st.text(string.ascii_lowercase + "-", min_size=1, max_size=12)
 
 
-def open_store(directory: Path, max_size: int = 2**30) -> Store:
-    return Store(directory, max_size=max_size, default_ttl=300.0)
+def open_store(directory: Path, max_size: int = 2**30, *, behind: bool = False) -> Store:
+    return Store(directory, max_size=max_size, default_ttl=300.0, behind=behind)
 
 
 @pytest.fixture
@@ -63,7 +64,15 @@ def held(store: Store, key: bytes = KEY) -> list[Entry]:
 
 def in_another_process(directory: Path, script: str) -> object:
     """What ``script`` prints as JSON; in it there are ``store``, ``an_entry``, ``URL``, ``KEY``."""
-    head = "\n".join(
+    done = subprocess.run(
+        [sys.executable, "-c", head(directory) + script], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def head(directory: Path) -> str:
+    return "\n".join(
         [
             "import json, os, sys, threading, time",
             "from pathlib import Path",
@@ -73,13 +82,9 @@ def in_another_process(directory: Path, script: str) -> object:
             "from httpx_p2pcache.store import Store",
             "KEY = cache_key(URL)",
             f"store = Store(Path({str(directory)!r}), max_size=2**30, default_ttl=300.0)",
+            "",
         ]
     )
-    done = subprocess.run(
-        [sys.executable, "-c", head + "\n" + script], capture_output=True, text=True, timeout=30, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 # What is saved is what is loaded
@@ -243,7 +248,7 @@ def test_refreshing_one_entry_of_a_url_leaves_the_others_in_sight(two: tuple[Sto
 def test_single_entries_are_removed_from_memory_and_disk(two: tuple[Store, Store]) -> None:
     a, b = two
     gone, stays = saved(a, identity=ME), saved(a, identity=YOU)
-    a.remove(KEY, [gone.id])
+    a.remove(KEY, [gone])
     assert held(a) == held(b) == [stays.entry]
 
 
@@ -596,6 +601,194 @@ def test_an_entry_for_one_request_only_is_never_fresh(store: Store) -> None:
     assert not stored.fresh(stored.entry.received)
 
 
+# What is written behind
+
+
+@pytest.fixture
+def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, Store]]:
+    """One that writes nothing before it has to, and another that sees the file."""
+    monkeypatch.setattr(store_module, "BEHIND_SECONDS", 60.0)
+    behind, other = open_store(tmp_path / "store", behind=True), open_store(tmp_path / "store")
+    yield behind, other
+    behind.close()
+    other.close()
+
+
+def test_what_is_saved_behind_is_in_memory_at_once_and_in_the_file_later(apart: tuple[Store, Store]) -> None:
+    behind, other = apart
+    entry = saved(behind).entry
+    assert [stored.entry for stored in behind.peek(KEY) or ()] == [entry]
+    assert held(other) == []
+    behind.flush()
+    assert held(other) == held(behind) == [entry]
+
+
+def test_nobody_has_to_say_that_it_is_to_be_written(tmp_path: Path) -> None:
+    behind, other = open_store(tmp_path / "store", behind=True), open_store(tmp_path / "store")
+    entry = saved(behind).entry
+    assert eventually(lambda: held(other) == [entry])
+    behind.close()
+    other.close()
+
+
+@pytest.mark.parametrize("how", ["close", "keys", "size"])
+def test_who_looks_at_the_file_finds_all_of_it(apart: tuple[Store, Store], how: str) -> None:
+    behind, other = apart
+    entry = saved(behind).entry
+    getattr(behind, how)(*([10] if how == "keys" else []))
+    assert held(other) == [entry]
+
+
+def test_what_is_unwritten_outlives_the_memory_that_another_process_makes_void(apart: tuple[Store, Store]) -> None:
+    behind, other = apart
+    entry = saved(behind).entry
+    saved(other, url=URL + "?other")
+    assert behind.peek(KEY) is None
+    assert held(behind) == [entry]
+
+
+def test_an_unwritten_entry_is_refreshed_and_replaced(apart: tuple[Store, Store]) -> None:
+    behind, other = apart
+    stored = saved(behind)
+    newer = msgspec.structs.replace(stored.entry, headers={"etag": ['"2"']}, received=stored.entry.received + 1)
+    assert behind.refresh(stored, newer, since=time.time()) is not None
+    assert held(behind) == [newer]
+    behind.flush()
+    assert held(other) == [newer]
+    newest = msgspec.structs.replace(newer, received=newer.received + 1)
+    saved(behind, **msgspec.structs.asdict(newest))
+    saved(behind, **msgspec.structs.asdict(newest))
+    behind.flush()
+    assert held(other) == [newest]
+    assert other.size()[0] == 1
+
+
+@pytest.mark.parametrize("how", ["remove", "refuse", "invalidate", "clear"])
+def test_what_is_taken_away_is_not_written_later(apart: tuple[Store, Store], how: str) -> None:
+    behind, other = apart
+    stored = saved(behind)
+    ways: dict[str, Callable[[], object]] = {
+        "remove": lambda: behind.remove(KEY, [stored]),
+        "refuse": lambda: behind.refuse(KEY, stored.entry.identity, since=time.time()),
+        "invalidate": lambda: behind.invalidate([KEY]),
+        "clear": behind.clear,
+    }
+    ways[how]()
+    behind.flush()
+    assert held(behind) == held(other) == []
+    assert other.size()[0] == 0
+
+
+def test_a_write_of_another_process_makes_void_what_is_unwritten_here(apart: tuple[Store, Store]) -> None:
+    behind, other = apart
+    saved(behind, received=time.time())
+    kept = saved(behind, url=URL + "?other", received=time.time()).entry
+    other.invalidate([KEY])
+    behind.flush()
+    assert held(behind) == held(other) == []
+    assert held(behind, cache_key(kept.url)) == held(other, cache_key(kept.url)) == [kept]
+
+
+def test_a_refusal_that_another_process_has_heard_is_for_one_identity(apart: tuple[Store, Store]) -> None:
+    behind, other = apart
+    mine, yours = (saved(behind, identity=who, received=time.time()).entry for who in (ME, YOU))
+    other.refuse(KEY, mine.identity, since=time.time())
+    behind.flush()
+    assert held(behind) == held(other) == [yours]
+
+
+def test_what_two_processes_have_of_the_same_is_stored_once(apart: tuple[Store, Store]) -> None:
+    behind, other = apart
+    entry = an_entry(received=time.time())
+    behind.save(entry)
+    other.save(msgspec.structs.replace(entry, received=entry.received + 0.1))
+    behind.flush()
+    assert len(held(behind)) == len(held(other)) == 1
+    assert other.size()[0] == 1
+
+
+@pytest.mark.parametrize("ours", [-60, 60])
+def test_of_what_two_processes_have_of_one_place_the_newer_is_stored(apart: tuple[Store, Store], ours: int) -> None:
+    behind, other = apart
+    now = time.time() - 1000
+    saved(behind, received=now + ours, body=b"%d" % ours)
+    saved(other, received=now, body=b"0")
+    behind.flush()
+    assert [entry.body for entry in held(behind)] == [b"%d" % max(ours, 0)]
+    assert other.size()[0] == 1
+
+
+def test_who_brings_more_than_may_be_unwritten_waits_for_the_disk(
+    apart: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "MAX_UNWRITTEN", 1000)
+    behind, other = apart
+    saved(behind, body=bytes(900))
+    assert held(other) == []
+    saved(behind, url=URL + "?2", body=bytes(900))
+    assert len(held(other)) == 1
+
+
+def test_the_thread_that_writes_ends_when_there_is_nothing_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def writers() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name == "p2pcache-store"]
+
+    monkeypatch.setattr(store_module, "IDLE_SECONDS", 0.05)
+    behind = open_store(tmp_path / "store", behind=True)
+    for query in ("?1", "?2"):  # the second begins another
+        saved(behind, url=URL + query)
+        assert writers()
+        assert eventually(lambda: not writers())
+    monkeypatch.undo()
+    saved(behind, url=URL + "?3")
+    behind.close()
+    assert not writers()
+    reopened = open_store(tmp_path / "store")
+    assert reopened.size()[0] == 3
+    reopened.close()
+
+
+@pytest.mark.parametrize("how", ["", "os.kill(os.getpid(), 15)", "raise KeyboardInterrupt", "store.close()"])
+def test_a_process_that_ends_has_written_all_unless_it_is_killed(tmp_path: Path, how: str) -> None:
+    script = f"""
+from httpx_p2pcache import store as store_module
+store_module.BEHIND_SECONDS = 60.0
+store.behind = True
+store.save(an_entry())
+print("null", flush=True)
+{how}
+"""
+    directory, killed = tmp_path / "store", "kill" in how
+    subprocess.run([sys.executable, "-c", head(directory) + script], capture_output=True, timeout=30, check=False)
+    left = open_store(directory)
+    assert left.size()[0] == (0 if killed else 1)
+    left.close()
+
+
+@forks
+def test_what_is_unwritten_at_a_fork_is_written_once(tmp_path: Path) -> None:
+    seen = in_another_process(
+        tmp_path,
+        """
+from httpx_p2pcache import store as store_module
+store_module.BEHIND_SECONDS = 60.0
+store.behind = True
+store.save(an_entry())
+child = os.fork()
+if not child:
+    store.save(an_entry(url=URL + "?child"))
+    store.close()
+    os._exit(store.size()[0])
+seen = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+store.save(an_entry(url=URL + "?parent"))
+print(json.dumps([seen, store.size()[0]]))
+""",
+    )
+    assert seen == [2, 3]
+
+
 # The runner's own secret
 
 
@@ -627,10 +820,10 @@ class Shared(RuleBasedStateMachine):
     identities = st.sampled_from([ME, YOU])
     which = st.sampled_from([0, 1])
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(behind=st.booleans())
+    def begin(self, behind: bool) -> None:
         self.directory = tempfile.TemporaryDirectory()
-        self.stores = [open_store(Path(self.directory.name)) for _ in range(2)]
+        self.stores = [open_store(Path(self.directory.name), behind=behind and not which) for which in range(2)]
         self.held: dict[tuple[str, str], Entry] = {}
         self.now = time.time() + 1000  # later than any invalidation
 
@@ -638,20 +831,25 @@ class Shared(RuleBasedStateMachine):
         self.now += 1
         return an_entry(url=url, identity=identity, received=self.now, body=b"%d" % self.now)
 
+    def written(self, which: int) -> Store:
+        """One of the two, once it can see what the other has done."""
+        self.stores[1 - which].flush()
+        return self.stores[which]
+
     @rule(which=which, url=urls, identity=identities)
     def save(self, which: int, url: str, identity: str) -> None:
         entry = self.a_new_entry(url, identity)
-        assert self.stores[which].save(entry) is not None
+        assert self.written(which).save(entry) is not None
         self.held[url, identity] = entry
 
     @rule(which=which, url=urls, identity=identities, between=st.booleans())
     def refresh(self, which: int, url: str, identity: str, between: bool) -> None:
         """With ``between`` another store writes, and memory is looked at, after the look-up."""
-        store = self.stores[which]
+        store = self.written(which)
         for stored in [s for s in store.load(cache_key(url)) if s.entry.identity == identity]:
             if between:
                 self.save(1 - which, URL + "?3", ME)
-                store.peek(cache_key(url))
+                self.written(which).peek(cache_key(url))
             self.now += 1
             entry = msgspec.structs.replace(stored.entry, headers={"etag": [f"{self.now}"]}, received=self.now)
             assert store.refresh(stored, entry, since=self.now) is not None
@@ -660,13 +858,13 @@ class Shared(RuleBasedStateMachine):
 
     @rule(which=which, url=urls, identity=identities)
     def remove(self, which: int, url: str, identity: str) -> None:
-        found = self.stores[which].load(cache_key(url))
-        self.stores[which].remove(cache_key(url), [s.id for s in found if s.entry.identity == identity])
+        found = self.written(which).load(cache_key(url))
+        self.stores[which].remove(cache_key(url), [s for s in found if s.entry.identity == identity])
         self.held.pop((url, identity), None)
 
     @rule(which=which, url=urls)
     def invalidate(self, which: int, url: str) -> None:
-        self.stores[which].invalidate([cache_key(url)])
+        self.written(which).invalidate([cache_key(url)])
         self.held = {place: entry for place, entry in self.held.items() if place[0] != url}
 
     @rule(which=which)
@@ -675,16 +873,16 @@ class Shared(RuleBasedStateMachine):
 
     @rule(which=which, url=urls)
     def peek(self, which: int, url: str) -> None:
-        found = self.stores[which].peek(cache_key(url))
+        found = self.written(which).peek(cache_key(url))
         assert found is None or self.of(url) == sorted((s.entry for s in found), key=msgspec.msgpack.encode)
 
     @rule(which=which, url=urls)
     def load(self, which: int, url: str) -> None:
-        assert held(self.stores[which], cache_key(url)) == self.of(url)
+        assert held(self.written(which), cache_key(url)) == self.of(url)
 
     @invariant()
     def nothing_else_is_on_the_disk(self) -> None:
-        if hasattr(self, "stores"):
+        if hasattr(self, "stores") and not self.stores[0].behind:  # size() would have all written each time
             assert self.stores[0].size()[0] == len(self.held)
 
     def of(self, url: str) -> list[Entry]:
@@ -692,8 +890,10 @@ class Shared(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "stores"):
+            left = self.stores[0].size()[0]
             for store in self.stores:
                 store.close()
+            assert left == len(self.held)
             self.directory.cleanup()
 
 

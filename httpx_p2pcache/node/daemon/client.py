@@ -64,6 +64,8 @@ class DaemonNode:
     nothing for two look-up budgets counts as gone until it is heard of.
     """
 
+    by_file = True
+
     def __init__(self, path: Path, label: str, quotas: QuotaBoard, *, lookup_timeout: float, largest: int) -> None:
         """``label`` names the fleet, ``largest`` is the size in bytes of the largest body. Nothing happens yet."""
         self._path, self._label, self._quotas = path, label, quotas
