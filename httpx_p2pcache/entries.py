@@ -16,8 +16,8 @@ import hmac
 import os
 import re
 from collections.abc import Iterable
-from functools import lru_cache
-from typing import Annotated, NamedTuple
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 import msgspec
@@ -26,6 +26,9 @@ from msgspec import Meta
 
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.settings import Settings
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 PROTOCOL = b"httpx-p2pcache/1"
 ANONYMOUS = ""
@@ -269,22 +272,25 @@ class Keyring:
         """32 bytes that nobody else can compute, by which the fleet finds itself in public."""
         return hmac.digest(self._rendezvous, about, "sha256")
 
+    @cached_property
+    def _sealer(self) -> AESGCM:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # which takes 20 ms, see above
+
+        return AESGCM(self._seal)
+
     def seal(self, plain: bytes, about: bytes) -> bytes:
         """``plain`` for the eyes of the fleet; it opens only under the same ``about``, which is not hidden."""
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
         nonce = os.urandom(12)
-        return nonce + AESGCM(self._seal).encrypt(nonce, plain, PROTOCOL + b" " + about)
+        return nonce + self._sealer.encrypt(nonce, plain, PROTOCOL + b" " + about)
 
     def open(self, sealed: bytes, about: bytes) -> bytes:
         """What was sealed under ``about`` by a holder of the secret. Raises :class:`Rejected`."""
         from cryptography.exceptions import InvalidTag
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
         if len(sealed) < 28:
             raise Rejected("what is sealed is at least 28 bytes long")
         try:
-            return AESGCM(self._seal).decrypt(sealed[:12], sealed[12:], PROTOCOL + b" " + about)
+            return self._sealer.decrypt(sealed[:12], sealed[12:], PROTOCOL + b" " + about)
         except InvalidTag as exc:
             raise Rejected("what is sealed does not open under this key") from exc
 

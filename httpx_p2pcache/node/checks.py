@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from functools import lru_cache
 
 import hishel
 import msgspec
@@ -22,8 +23,9 @@ MAX_UNPACKED = 128 * 1024**2  # bytes: gzip makes a thousandth of what is empty,
 UNPACKED_AT_ONCE = 256 * 1024
 _UNPACKING = {"gzip": 31, "x-gzip": 31, "deflate": 47}  # zlib's wbits; a deflate that is none of zlib's is rare
 
-_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
-_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+# Of all names or values at once, each on a line of its own.
+_NAMES = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+(?:\n[!#$%&'*+.^_`|~0-9a-z-]+)*")
+_VALUES = re.compile(r"[\t\x20-\x7e\x80-\xff\n]*")
 _PAGINATION = re.compile(r"\b(?:next|prev|previous|first|last)\b", re.IGNORECASE)
 
 
@@ -56,13 +58,20 @@ def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> E
         if _PAGINATION.search(parameters) and not same_origin(url, entry.url):
             raise Rejected("its Link leads to another origin")
     _check_coding(entry)
-    verdict = hishel.CacheMiss(
-        options=CacheOptions(shared=False), request=hishel.Request(entry.method, entry.url, Headers({}))
-    ).next(machine_response(hishel.Response(entry.status, Headers(entry.headers))))
-    if not isinstance(verdict, hishel.StoreAndUse):
+    shown = machine_response(hishel.Response(entry.status, Headers(entry.headers))).headers
+    if not _is_storable(entry.method, entry.status, shown.get("cache-control"), "expires" in shown):
         raise Rejected("RFC 9111 §3 does not allow it to be stored")
     age = entry.initial_age + resident
     return msgspec.structs.replace(entry, initial_age=age, received=now)
+
+
+@lru_cache(maxsize=256)
+def _is_storable(method: str, status: int, control: str | None, expires: bool) -> bool:
+    """What hishel's machine says (RFC 9111 §3). It looks at no more than this, and takes its time."""
+    fields = {"cache-control": control or "", **({"expires": "0"} if expires else {})}
+    asked = hishel.Request(method, "https://origin.invalid/", Headers({}))
+    miss = hishel.CacheMiss(options=CacheOptions(shared=False), request=asked)
+    return isinstance(miss.next(hishel.Response(status, Headers(fields))), hishel.StoreAndUse)
 
 
 def _check_coding(entry: Entry) -> None:
@@ -86,10 +95,15 @@ def _check_coding(entry: Entry) -> None:
 
 
 def _check_fields(headers: dict[str, list[str]]) -> None:
-    lines = [(name, line) for name, values in headers.items() for line in values]
-    if len(lines) > MAX_FIELDS or sum(len(name) + len(line) for name, line in lines) > MAX_FIELD_BYTES:
+    if not headers:
+        return
+    lines = [line for values in headers.values() for line in values]
+    size = sum(len(name) * len(values) for name, values in headers.items()) + sum(map(len, lines))
+    if len(lines) > MAX_FIELDS or size > MAX_FIELD_BYTES:
         raise Rejected("it has too many or too large fields")
-    if any(not values for values in headers.values()):
+    if not all(headers.values()):
         raise Rejected("it has a field without a line")
-    if not all(_NAME.fullmatch(name) and _VALUE.fullmatch(line) for name, line in lines):
+    names, values = "\n".join(headers), "\n".join(lines)
+    breaks = names.count("\n") - len(headers) + values.count("\n") - len(lines) + 2  # that are none of ours
+    if breaks or not _NAMES.fullmatch(names) or not _VALUES.fullmatch(values):
         raise Rejected("it has a field that RFC 9110 §5 does not allow")

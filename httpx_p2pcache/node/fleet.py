@@ -260,7 +260,7 @@ class Fleet:
 
         self.spawn(self._introduce, link)
         try:
-            await link.serve(handle)
+            await link.serve(handle, self.home.at_once)
         finally:
             self._part_from(link)
 
@@ -400,12 +400,16 @@ class Fleet:
         """Wait, for a moment, until we and those who have just come know each other: before that homes are guessed."""
         with trio.move_on_after(timeout):
             await self.joined.wait()
-            while any(
-                not member.ready and trio.current_time() - member.met < NEWCOMER_SECONDS
-                for member in self.members.values()
-                if self._matters(member.peer_id)
-            ):
+            while not self.is_settled():
                 await self._somebody_ready.wait()
+
+    def is_settled(self) -> bool:
+        """Whether that is so."""
+        return self.joined.is_set() and not any(
+            not member.ready and trio.current_time() - member.met < NEWCOMER_SECONDS
+            for member in self.members.values()
+            if self._matters(member.peer_id)
+        )
 
     def _is_ready(self, member: Member) -> None:
         if not member.ready:

@@ -113,7 +113,8 @@ class Home:
     async def ask(self, question: Question, future: Future[Answer]) -> None:
         """Answer ``future``, and the futures that it may lead to, as :class:`network.PeerNetwork` promises."""
         try:
-            await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
+            if not self._fleet.is_settled():
+                await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
             for _ in range(MAX_HOMES):
                 home = await self._home_of(question.key)
                 asked = self._ask_here(question, future) if home is None else self._ask_there(home, question, future)
@@ -166,7 +167,7 @@ class Home:
             try:
                 with trio.fail_after(settings.lookup_timeout):
                     await link.send(Ask(call.number, question))
-                    answer = await call.receive(settings.lookup_timeout)
+                    answer = await call.receive()
             except trio.TooSlowError:
                 # A busy home is heard of, though late; one that says nothing at all is not asked for the time being.
                 if home.heard() < began:
@@ -180,8 +181,9 @@ class Home:
                 future = later
                 self._waiting_at[id(call)] = home.peer_id
                 try:
-                    answer = await call.receive(settings.claim_timeout)
-                except OSError:
+                    with trio.fail_after(settings.claim_timeout):
+                        answer = await call.receive()
+                except (OSError, trio.TooSlowError):
                     return future
                 finally:
                     del self._waiting_at[id(call)]
@@ -367,6 +369,15 @@ class Home:
 
     # What members want of us
 
+    def at_once(self, message: Message) -> bool:
+        """Whether to handle a message is to wait for nobody: a question that the store, and nobody else, decides."""
+        if not isinstance(message, Ask) or self._answering >= BUSY:
+            return False
+        key = message.question.key
+        if not message.forwarded and (key in self._hints or not self._fleet.is_settled()):
+            return False
+        return self._shelf.is_light(key)
+
     async def handle(self, link: Link, message: Message) -> None:
         """Do what a member asks. Raises OSError when it is gone before it can be answered."""
         if isinstance(message, Ask):
@@ -403,7 +414,7 @@ class Home:
         told_to_wait = self._answering > BUSY and not message.forwarded
         if told_to_wait:  # before it believes that nobody is here
             await link.send(Wait(call))
-        if not message.forwarded:
+        if not message.forwarded and not self._fleet.is_settled():
             await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
         stored = await (self._shelf.select(question) if message.forwarded else self._find(question))
         if stored is not None and helps(stored, question):

@@ -31,11 +31,12 @@ from libp2p.peer.id import ID
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
+from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
 from httpx_p2pcache.node.gate import Gate
 from httpx_p2pcache.node.protocol import PROTOCOL_ID
-from httpx_p2pcache.node.shortcuts import Muxer, shorten_connection, shorten_stream
+from httpx_p2pcache.node.shortcuts import Muxer, Stream, shorten_connection
 
 logger = logging.getLogger("httpx_p2pcache")
 
@@ -73,7 +74,7 @@ class Host:
             key_pair=key_pair,
             # Without this plaintext is accepted as well, and a peer ID can be forged.
             sec_opt={NOISE: NoiseTransport(key_pair, noise_privkey=create_noise_key_pair().private_key)},
-            muxer_opt={TProtocol(YAMUX): Muxer},
+            muxer_opt={TProtocol(YAMUX): Yamux},
             connection_config=ConnectionConfig(min_connections=0, low_watermark=0, enable_health_monitoring=False),
         )
         self._swarm: Any = self._host.get_network()
@@ -87,10 +88,11 @@ class Host:
         self._gate = Gate()
         self._raw: weakref.WeakSet[Any] = weakref.WeakSet()
         self._wrap_inbound_upgrade()
+        self._wrap_multiplexing()
         self.id: ID = self._host.get_id()
 
         async def accept(stream: Any) -> None:
-            await on_stream(shorten_stream(stream), stream.muxed_conn.peer_id)
+            await on_stream(Stream(stream), stream.muxed_conn.peer_id)
 
         self._host.set_stream_handler(TProtocol(PROTOCOL_ID), accept)
         self._guard_streams()
@@ -155,6 +157,16 @@ class Host:
 
         self._swarm.upgrade_inbound_raw_conn = upgrade_and_stay
         self._swarm.upgrade_outbound_raw_conn = upgrade
+
+    def _wrap_multiplexing(self) -> None:
+        # Whichever class it is told to multiplex with by Yamux, it makes its own.
+        upgrader = self._swarm.upgrader
+        multiplex = upgrader.upgrade_connection
+
+        async def upgrade_connection(secured: Any, peer_id: ID) -> Muxer:
+            return Muxer(await multiplex(secured, peer_id))
+
+        upgrader.upgrade_connection = upgrade_connection
 
     async def refuse(self, peer_id: ID) -> None:
         """It does not hold the secret: it is cut off, and kept away for a while."""
@@ -233,7 +245,7 @@ class Host:
                     if not self._swarm.get_connections(peer_id):
                         await self._dial(addresses, peer_id)
                 stream = await self._host.new_stream(peer_id, [TProtocol(protocol)])
-                return shorten_stream(stream) if protocol == PROTOCOL_ID else stream
+                return Stream(stream) if protocol == PROTOCOL_ID else stream
         except trio.TooSlowError as exc:
             raise OSError(errno.ETIMEDOUT, "the peer did not answer in time") from exc
         except OSError:

@@ -55,7 +55,7 @@ class Link:
         self._limit = limit
         self._writing = Lock()
         self._calls = itertools.count(1)
-        self._pending: dict[int, trio.MemorySendChannel[Answering]] = {}
+        self._pending: dict[int, Pending] = {}
         self.peer_id = peer_id
         self.closed = trio.Event()
         self._reading = trio.CancelScope()
@@ -76,29 +76,34 @@ class Link:
             raise OSError("the link is closed")
         data = pack(frame)
         try:
-            with trio.fail_after(WRITE_SECONDS):
-                async with self._writing:
-                    # A frame cut short by a cancellation would garble all that follow.
-                    with trio.CancelScope(shield=True), trio.fail_after(WRITE_SECONDS):
-                        await self._stream.write(data)
-                        self.sent += len(data)
+            if not self._writing.acquire_at_once():
+                with trio.fail_after(WRITE_SECONDS):
+                    await self._writing.acquire()
+            try:
+                # A frame cut short by a cancellation would garble all that follow.
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + WRITE_SECONDS) as scope:
+                    await self._stream.write(data)
+            finally:
+                self._writing.release()
+            if scope.cancelled_caught:
+                raise trio.TooSlowError
+            self.sent += len(data)
         except Exception as exc:
             await self.close()
             raise OSError("the peer is gone") from exc
 
     def open_call(self) -> Pending:
         """A call to be sent with the number it has, and whose answers it receives."""
-        send, receive = trio.open_memory_channel[Answering](2)
-        number = next(self._calls)
-        self._pending[number] = send
-        return Pending(self, number, receive)
+        pending = Pending(self, next(self._calls))
+        self._pending[pending.number] = pending
+        return pending
 
     async def call(self, build: Callable[[int], Any], timeout: float) -> Answering:
         """Send what ``build`` makes of the call's number, and receive its answer."""
         with self.open_call() as pending:
             with trio.move_on_after(timeout):
                 await self.send(build(pending.number))
-                return await pending.receive(timeout)
+                return await pending.receive()
             raise OSError("no answer in time")
 
     async def ping(self, timeout: float) -> float:
@@ -107,13 +112,22 @@ class Link:
         await self.call(Ping, timeout)
         return trio.current_time() - started
 
-    async def serve(self, handle: Callable[[Link, Message], Awaitable[None]]) -> None:
-        """Read frames until the peer is gone or says something impossible; answers reach their calls."""
+    async def serve(
+        self,
+        handle: Callable[[Link, Message], Awaitable[None]],
+        at_once: Callable[[Message], bool] = lambda _: False,
+    ) -> None:
+        """Read frames until the peer is gone or says something impossible; answers reach their calls.
+
+        What waits for nothing is handled ``at_once``, without a task of its own.
+        """
         # py-libp2p does not wake our own read when we reset the stream: close() ends it here.
         with self._reading:
-            await self._serve(handle)
+            await self._serve(handle, at_once)
 
-    async def _serve(self, handle: Callable[[Link, Message], Awaitable[None]]) -> None:
+    async def _serve(
+        self, handle: Callable[[Link, Message], Awaitable[None]], at_once: Callable[[Message], bool]
+    ) -> None:
         at_work = trio.Semaphore(CALLS_AT_ONCE)
 
         async def work(message: Message) -> None:
@@ -143,7 +157,10 @@ class Link:
                         await handle(self, message)
                         continue
                     await at_work.acquire()
-                    nursery.start_soon(work, message)
+                    if at_once(message):
+                        await work(message)
+                    else:
+                        nursery.start_soon(work, message)
             except Exception as exc:  # the end of the stream, or something that is no frame of ours
                 logger.debug("a member is gone: %r", exc)
             finally:
@@ -152,13 +169,10 @@ class Link:
 
     def _answered(self, answer: Answering) -> bool:
         """Whether somebody took the answer; what was granted to one who has given up is given back by the handler."""
-        channel = self._pending.get(answer.call)
-        if channel is None:
+        pending = self._pending.get(answer.call)
+        if pending is None:
             return not isinstance(answer, Granted)
-        try:
-            channel.send_nowait(answer)
-        except trio.WouldBlock:
-            raise Rejected("more answers than a call can have") from None
+        pending.answered(answer)
         return True
 
     @property
@@ -167,9 +181,9 @@ class Link:
         return bool(self._pending)
 
     def forget(self, number: int) -> None:
-        channel = self._pending.pop(number, None)
-        if channel is not None:
-            channel.close()
+        pending = self._pending.pop(number, None)
+        if pending is not None:
+            pending.end()
 
     async def close(self) -> None:
         """Everybody who waits for this peer is told that it is gone."""
@@ -190,23 +204,35 @@ class Link:
 class Pending:
     """A call that has been numbered: receives one answer, or Wait and one more."""
 
-    def __init__(self, link: Link, number: int, answers: trio.MemoryReceiveChannel[Answering]) -> None:
+    def __init__(self, link: Link, number: int) -> None:
         self._link = link
-        self._answers = answers
+        self._answers: list[Answering] = []
+        self._something = trio.Event()
+        self._ended = False
         self.number = number
 
-    async def receive(self, timeout: float) -> Answering:
-        """The next answer. Raises OSError when the peer is gone or ``timeout`` seconds have passed."""
-        with trio.move_on_after(timeout):
-            try:
-                return await self._answers.receive()
-            except (trio.EndOfChannel, trio.ClosedResourceError):
-                raise OSError("the peer is gone") from None
-        raise OSError("no answer in time")
+    async def receive(self) -> Answering:
+        """The next answer. Raises OSError when the peer is gone."""
+        while not self._answers:
+            if self._ended:
+                raise OSError("the peer is gone")
+            self._something = trio.Event()
+            await self._something.wait()
+        return self._answers.pop(0)
+
+    def answered(self, answer: Answering) -> None:
+        if len(self._answers) == 2:
+            raise Rejected("more answers than a call can have")
+        self._answers.append(answer)
+        self._something.set()
+
+    def end(self) -> None:
+        """There will be no more answers."""
+        self._ended = True
+        self._something.set()
 
     def close(self) -> None:
         self._link.forget(self.number)
-        self._answers.close()
 
     def __enter__(self) -> Pending:
         return self

@@ -1,19 +1,30 @@
 """Shorter ways through py-libp2p, for the streams that live long and carry many small frames.
 
 A turn of trio's scheduler is a system call, and gives the interpreter to whichever other thread wants it: in a process
-whose own threads are at work, for up to 5 ms. A frame takes about twenty such turns through py-libp2p 0.8. Most are for
-locks that nobody holds, some for reading a length, and then what it is the length of.
+whose own threads are at work, for up to 5 ms. A frame takes about twenty such turns through py-libp2p 0.8: for locks
+that nobody holds, for reading a length and then what it is the length of, and after each write. A writer that has used
+up its window looks every 10 ms whether there is more. Here data and window updates, the two frames that are not rare,
+go straight from and to the connection; all other frames, a stream's states and its end are py-libp2p's.
+
+What goes over the wire is the same: Noise, and Yamux (https://github.com/hashicorp/yamux/blob/master/spec.md).
 """
 
 from __future__ import annotations
 
+import os
+import struct
 from typing import Any
 
 import trio
-from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.stream_muxer.exceptions import MuxedStreamError
+from libp2p.stream_muxer.yamux.yamux import HEADER_SIZE, TYPE_DATA, TYPE_WINDOW_UPDATE, YAMUX_HEADER_FORMAT, Yamux
 
-CHUNK = 16 * 1024  # bytes read at once: what is small comes many at a time
+CHUNK = 64 * 1024  # bytes read at once: what is small comes many at a time
 ACKNOWLEDGED_AT_ONCE = 64 * 1024  # bytes: a quarter of a stream's first window
+MAX_PAYLOAD = 65535 - 16 - HEADER_SIZE  # bytes of a frame that fills one message of Noise
+LOOK_SECONDS = 0.05  # between two looks whether a window has been widened in a way that wakes nobody, or a stream ended
+_HEADER = struct.Struct(YAMUX_HEADER_FORMAT)
 
 
 class Lock:
@@ -22,10 +33,15 @@ class Lock:
     def __init__(self) -> None:
         self._free = trio.Semaphore(1)
 
-    async def acquire(self) -> None:
+    def acquire_at_once(self) -> bool:
         try:
             self._free.acquire_nowait()
         except trio.WouldBlock:
+            return False
+        return True
+
+    async def acquire(self) -> None:
+        if not self.acquire_at_once():
             await self._free.acquire()
 
     def release(self) -> None:
@@ -38,12 +54,13 @@ class Lock:
         self._free.release()
 
 
-class Buffered:
-    """A stream that is read in chunks, however little is asked for; everything else is as the stream does it."""
+class Direct:
+    """A TCP stream that is read in chunks, however little is asked for, and written without waiting where it can be."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
         self._ahead = memoryview(b"")
+        self._writing = Lock()
 
     async def read(self, n: int | None = None) -> bytes:
         """At most ``n`` bytes, as soon as there are any; no bytes at the end."""
@@ -56,45 +73,152 @@ class Buffered:
         self._ahead = self._ahead[len(taken) :]
         return taken
 
+    async def write(self, data: bytes) -> None:
+        """All of ``data``; no turn of the scheduler if the kernel takes it at once."""
+        async with self._writing:
+            sent, descriptor = 0, self._inner.stream.socket.fileno()
+            if descriptor >= 0:  # else it is closed
+                try:
+                    sent = os.write(descriptor, data)
+                except OSError:  # it is full, or broken, or this system does not write to sockets so
+                    sent = 0
+            if sent < len(data):
+                await self._inner.write(data[sent:])
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
 
 class Muxer(Yamux):  # type: ignore[misc] # py-libp2p is not typed for mypy
-    """Yamux with these locks."""
+    """In the place of a Yamux that has not begun: it sees only the frames that the streams have not got already."""
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, **more)
+    def __init__(self, made: Yamux) -> None:
+        secured = made.secured_conn
+        super().__init__(secured, made.peer_id, is_initiator=made.is_initiator, on_close=made.on_close)
+        self.secured_conn: Any = Sieve(secured, self)
         self._write_lock: Any = Lock()
         self.streams_lock: Any = Lock()
+        self.widened = trio.Event()  # set, and made anew, whenever a peer has widened a stream's window
+
+    async def _write_frame(self, data: bytes) -> None:
+        async with self._write_lock:
+            await self.secured_conn.write(data)
+
+
+class Sieve:
+    """A secured connection as Yamux reads it: plain data and window updates of known streams are taken out."""
+
+    def __init__(self, secured: Any, muxer: Muxer) -> None:
+        self._secured = secured
+        self._muxer = muxer
+        self._plain = bytearray()
+        self._stream = 0  # whose data is being read ...
+        self._left = 0  # ... and how much more of it there is
+        self._passed = 0  # bytes of a frame's body that Yamux has still to read
+
+    async def read(self, n: int) -> bytes:
+        """At most ``n`` bytes of the next frame that is none of the two: first its header, then what it announces."""
+        if self._passed:
+            taken = await self._take(min(n, self._passed))
+            self._passed -= len(taken)
+            return taken
+        while True:
+            while self._left:
+                data = await self._take(self._left)
+                self._left -= len(data)
+                self._received(data)
+            while len(self._plain) < HEADER_SIZE:
+                self._plain += await self._secured.read(None)
+            _, kind, flags, number, length = _HEADER.unpack_from(self._plain)
+            stream = self._muxer.streams.get(number)
+            if stream is None or flags or kind not in (TYPE_DATA, TYPE_WINDOW_UPDATE):
+                self._passed = length if kind == TYPE_DATA else 0
+                return await self._take(HEADER_SIZE)
+            del self._plain[:HEADER_SIZE]
+            if kind == TYPE_WINDOW_UPDATE:
+                stream.send_window += length
+                self._muxer.widened.set()
+                self._muxer.widened = trio.Event()
+            elif length > stream.recv_window:
+                raise ConnectionClosedError("the peer has sent more than it may")
+            else:
+                self._stream, self._left = number, length
+
+    async def _take(self, n: int) -> bytes:
+        """At most ``n`` bytes, as soon as there are any."""
+        if not self._plain:
+            self._plain += await self._secured.read(None)
+        taken = bytes(memoryview(self._plain)[:n])
+        del self._plain[:n]
+        return taken
+
+    def _received(self, data: bytes) -> None:
+        muxer = self._muxer
+        if self._stream in muxer.streams:  # else it has been reset meanwhile
+            muxer.stream_buffers[self._stream] += data
+            muxer.streams[self._stream].recv_window -= len(data)
+            muxer.stream_events[self._stream].set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._secured, name)
+
+
+class Stream:
+    """A stream of ours over a :class:`Muxer`; everything but reading and writing is as py-libp2p's stream does it."""
+
+    def __init__(self, stream: Any) -> None:
+        # No task is inside its locks: none waits for anything while it holds one.
+        stream._state_lock = Lock()
+        self._inner = stream
+        self._muxed = stream.muxed_stream
+        self._muxed.window_lock = Lock()
+        self._muxed.rw_lock._writer_lock = Lock()
+        self._muxer: Muxer = self._muxed.conn
+        self._number: int = self._muxed.stream_id
+        self._read = 0  # bytes for which the window has not been given back
+
+    async def read(self, n: int) -> bytes:
+        """At most ``n`` bytes, as soon as there are any. How a stream ends, py-libp2p says."""
+        muxer, muxed, number = self._muxer, self._muxed, self._number
+        while not muxer.stream_buffers.get(number):
+            if muxed.recv_closed or muxed.closed or number not in muxer.streams or muxer.event_shutting_down.is_set():
+                rest: bytes = await self._inner.read(n)
+                return rest
+            await muxer.stream_events[number].wait()
+            if number in muxer.stream_events:
+                muxer.stream_events[number] = trio.Event()
+        buffer = muxer.stream_buffers[number]
+        taken = bytes(memoryview(buffer)[:n])
+        del buffer[:n]
+        # py-libp2p gives the window back with every read, in a frame of its own: here with one for many reads.
+        self._read += len(taken)
+        if self._read >= ACKNOWLEDGED_AT_ONCE:
+            due, self._read = self._read, 0
+            await muxed._auto_tune_and_send_window_update(bytes_read=due)
+        return taken
+
+    async def write(self, data: bytes) -> None:
+        """All of ``data``; waits only for the peer's window, and for the kernel. One task at a time writes."""
+        muxer, muxed, at = self._muxer, self._muxed, 0
+        while at < len(data):
+            if muxed.send_closed or muxed.closed:
+                raise MuxedStreamError("the stream is closed for sending")
+            size = min(muxed.send_window, MAX_PAYLOAD, len(data) - at)
+            if size <= 0:
+                with trio.move_on_after(LOOK_SECONDS):
+                    await muxer.widened.wait()
+                continue
+            muxed.send_window -= size
+            header = _HEADER.pack(0, TYPE_DATA, 0, self._number, size)
+            await muxer._write_frame(header + memoryview(data)[at : at + size])
+            at += size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 def shorten_connection(raw: Any) -> None:
     """A new connection that nothing has been read from yet."""
     for name in ("read_lock", "write_lock"):
         setattr(raw.stream, name, Lock())
-    raw.stream = Buffered(raw.stream)
-
-
-def shorten_stream(stream: Any) -> Buffered:
-    """A new stream of ours. No task is inside its locks: none waits for anything while it holds one."""
-    muxed = stream.muxed_stream
-    stream._state_lock = Lock()
-    muxed.window_lock = Lock()
-    muxed.rw_lock._writer_lock = Lock()
-    _acknowledge_seldom(muxed)
-    return Buffered(stream)
-
-
-def _acknowledge_seldom(muxed: Any) -> None:
-    """Every read writes a frame of its own that gives the window back, before it returns: here one for many reads."""
-    acknowledge, read = muxed._auto_tune_and_send_window_update, 0
-
-    async def seldom(*, bytes_read: int = 0) -> None:
-        nonlocal read
-        read += bytes_read
-        if read >= ACKNOWLEDGED_AT_ONCE:
-            due, read = read, 0
-            await acknowledge(bytes_read=due)
-
-    muxed._auto_tune_and_send_window_update = seldom
+    raw.stream = Direct(raw.stream)
