@@ -24,16 +24,24 @@ from httpx_p2pcache import P2PCacheTransport, Settings
 from httpx_p2pcache.testing import Origin, Resource
 
 SIZES = {"2 KB": 2_000, "24 KB": 24_000, "170 KB": 170_000, "5 MB": 5_000_000}
-# The other runner: it asks for each URL once, says so, and stays.
-_HOLDER = """
-import sys, httpx
+# A runner, in a process of its own as all are. Told "ours URL" or "bare URL", it asks, with sharing or without, and
+# says how many milliseconds that took, and where it came from; told "stats", what its transport has counted.
+_RUNNER = """
+import json, sys, time, httpx
 from httpx_p2pcache import P2PCacheTransport
 transport = P2PCacheTransport()
 transport.wait_until_joined(60)
-with httpx.Client(transport=transport, timeout=60) as client:
-    print("ready", flush=True)
-    for line in sys.stdin:
-        print(len(client.get(line.strip()).content), flush=True)
+clients = {"ours": httpx.Client(transport=transport, timeout=60), "bare": httpx.Client(timeout=60)}
+print("ready", flush=True)
+for line in sys.stdin:
+    who, _, url = line.strip().partition(" ")
+    if who == "stats":
+        print(json.dumps(transport.stats()), flush=True)
+        continue
+    began = time.perf_counter()
+    response = clients[who].get(url)
+    took = (time.perf_counter() - began) * 1000
+    print(json.dumps([took, response.extensions.get("caching", {}).get("source")]), flush=True)
 """
 
 
@@ -111,63 +119,69 @@ def _bare_stream() -> Iterator[Callable[[int], float]]:
         yield trip
 
 
-@contextmanager
-def _pair(**changes: Any) -> Iterator[tuple[httpx.Client, P2PCacheTransport, Callable[[str], None]]]:
-    """A client here, its transport, and how to have a runner in another process ask for a URL."""
-    with tempfile.TemporaryDirectory() as scratch:
-        common = {
-            "peer_registry": f"{scratch}/registry",
-            "shared_secret": secrets.token_hex(16),
-            "listen_host": "127.0.0.1",
-            "listen_port": "0",
-            "public_bootstrap": "false",
-            "node": "embedded",
-        }
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("CACHE_")}
-        environment |= {f"CACHE_{name.upper()}": value for name, value in common.items()}
-        holder = subprocess.Popen(
-            [sys.executable, "-c", _HOLDER],
-            env=environment | {"CACHE_DIR": f"{scratch}/holder"},
+class _Runner:
+    """A runner in a process of its own, which asks for one URL after another."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("CACHE_")}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _RUNNER],
+            env=inherited | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert holder.stdin is not None
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "ready\n"
+        assert self._line() == "ready"
 
-        def hold(url: str) -> None:
-            assert holder.stdin is not None
-            assert holder.stdout is not None
-            holder.stdin.write(url + "\n")
-            holder.stdin.flush()
-            assert int(holder.stdout.readline()) > 0
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
 
-        settings = Settings.from_env(
-            {f"CACHE_{name.upper()}": value for name, value in common.items()},
-            dir=Path(scratch) / "asker",
-            lookup_timeout=5.0,
-            **changes,
-        )
-        transport = P2PCacheTransport(settings=settings)
-        try:
-            with httpx.Client(transport=transport, timeout=60) as client:
-                while transport.stats()["connected_peers"] != 1:
-                    time.sleep(0.02)
-                yield client, transport, hold
-        finally:
-            holder.kill()
-            holder.communicate()
+    def _say(self, line: str) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return msgspec.json.decode(self._line())
+
+    def ask(self, url: str, who: str = "ours") -> tuple[float, str | None]:
+        """How many milliseconds it took, and where it came from; ``who``: "ours", or "bare" for a client without us."""
+        took, source = self._say(f"{who} {url}")
+        return took, source
+
+    def stats(self) -> dict[str, Any]:
+        stats: dict[str, Any] = self._say("stats")
+        return stats
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
 
-def _milliseconds(call: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    call()
-    return (time.perf_counter() - began) * 1000
+@contextmanager
+def _runners() -> Iterator[Callable[[], _Runner]]:
+    """How to begin one more runner of a fleet; each begins once the one before has joined."""
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        names = iter(range(1000))
+        common = {
+            "CACHE_PEER_REGISTRY": f"{scratch}/registry",
+            "CACHE_SHARED_SECRET": secrets.token_hex(16),
+            "CACHE_LISTEN_HOST": "127.0.0.1",
+            "CACHE_LISTEN_PORT": "0",
+            "CACHE_PUBLIC_BOOTSTRAP": "false",
+            "CACHE_NODE": "embedded",
+            "CACHE_LOOKUP_TIMEOUT": "5",
+        }
+
+        def begin() -> _Runner:
+            runner = _Runner(common | {"CACHE_DIR": f"{scratch}/{next(names)}"})
+            stack.callback(runner.end)
+            return runner
+
+        yield begin
 
 
 def hits(rounds: int = 30) -> dict[str, Any]:
-    """What a peer holds, by size; beside it a bare round trip on the same stream."""
+    """What a peer holds, by size; beside it a bare round trip on one long-lived stream."""
     found: dict[str, Any] = {}
     chance = random.Random(1)
     resources = {
@@ -175,25 +189,21 @@ def hits(rounds: int = 30) -> dict[str, Any]:
         for size in SIZES.values()
         for number in range(rounds)
     }
-    # What is published is pushed to all who are there, and take it: who asks comes later.
     bare: dict[str, list[float]] = {name: [] for name in SIZES}
-    with Origin(resources) as origin, _pair(max_body_size=0) as (_, transport, hold), _bare_stream() as trip:
+    took: dict[str, list[float]] = {name: [] for name in SIZES}
+    with Origin(resources) as origin, _runners() as begin, _bare_stream() as trip:
+        holder = begin()
         for path in resources:
-            hold(origin.url + path)
-        took: dict[str, list[float]] = {name: [] for name in SIZES}
-        asking = _second(transport)
-        with httpx.Client(transport=asking, timeout=60) as client:
-            while asking.stats()["connected_peers"] < 1:
-                time.sleep(0.02)
+            holder.ask(origin.url + path)
+        # What is published is pushed to all who are there, and they keep it: who asks comes later.
+        asker = begin()
+        for name, size in SIZES.items():
             for number in range(rounds):
-                for name, size in SIZES.items():
-                    url = f"{origin.url}/{size}/{number}"
-                    bare[name].append(trip(size))
-                    answers: list[httpx.Response] = []
-                    ms = _milliseconds(lambda url=url, answers=answers: answers.append(client.get(url)))  # type: ignore[misc]
-                    if answers[0].extensions["caching"]["source"] == "peer":
-                        took[name].append(ms)
-            trips: Any = asking.stats()["peers"]
+                bare[name].append(trip(size))
+                ms, source = asker.ask(f"{origin.url}/{size}/{number}")
+                if source == "peer":
+                    took[name].append(ms)
+        ping = asker.stats()["peers"][0]["rtt_ms"]
     for name, times in took.items():
         middle = statistics.median(times) if times else float("nan")
         beside = statistics.median(bare[name])
@@ -201,7 +211,7 @@ def hits(rounds: int = 30) -> dict[str, Any]:
         found[f"peer hit, {name}: times a bare stream"] = round(middle / beside, 2)
         if name == "5 MB" and times:
             found["peer hit, 5 MB: MB/s"] = round(5_000 / middle)
-    found["a ping on the same stream, ms"] = [one["rtt_ms"] for one in trips]
+    found["a ping between them, ms"] = ping
     return found
 
 
@@ -240,31 +250,24 @@ def publishing(counts: tuple[int, ...] = (1, 4, 9), urls: int = 50) -> dict[str,
     return found
 
 
-def _second(transport: P2PCacheTransport) -> P2PCacheTransport:
-    """A runner that begins now, and so has been sent nothing."""
-    settings = msgspec.structs.replace(
-        transport.settings, dir=transport.settings.dir.parent / "late", max_body_size=8 * 1024**2
-    )
-    late = P2PCacheTransport(settings=settings)
-    late.wait_until_joined(60)
-    return late
-
-
 def misses(rounds: int = 60) -> dict[str, Any]:
-    """A miss at 20 ms, with a peer that has nothing either; in turns with a bare client."""
+    """A miss at 20 ms, with a peer that has nothing either; in turns with a bare client of the same process."""
     resources = {f"/{number}": Resource(b"x" * 2000, max_age=600) for number in range(rounds)}
-    with Origin(resources, latency=0.02) as origin, _pair() as (client, _, _hold), httpx.Client() as bare:
-        bare.get(origin.url + "/0")
-        client.get(origin.url + "/none")
-        ours, theirs = [], []
+    times: dict[str, list[float]] = {"bare": [], "ours": []}
+    with Origin(resources, latency=0.02) as origin, _runners() as begin:
+        begin()
+        runner = begin()
+        for who in times:
+            runner.ask(origin.url + "/none", who)
         for path in resources:
-            theirs.append(_milliseconds(lambda path=path: bare.get(origin.url + path)))  # type: ignore[misc]
-            ours.append(_milliseconds(lambda path=path: client.get(origin.url + path)))  # type: ignore[misc]
-    a, b = statistics.median(theirs), statistics.median(ours)
+            for who, taken in times.items():
+                taken.append(runner.ask(origin.url + path, who)[0])
+        assert runner.stats()["connected_peers"] == 1
+    bare, ours = (statistics.median(taken) for taken in times.values())
     return {
-        "a miss at 20 ms, bare client, ms": round(a, 2),
-        "a miss at 20 ms, with a peer asked, ms": round(b, 2),
-        "a miss costs more by": f"{(b / a - 1) * 100:.1f} %",
+        "a miss at 20 ms, bare client, ms": round(bare, 2),
+        "a miss at 20 ms, with a peer asked, ms": round(ours, 2),
+        "a miss costs more by": f"{(ours / bare - 1) * 100:.1f} %",
     }
 
 
