@@ -14,9 +14,10 @@ import uuid
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from email.utils import formatdate
+from functools import lru_cache
 
 import hishel
-from hishel import Headers
+from hishel import CacheOptions, Headers
 
 from httpx_p2pcache.entries import Entry
 
@@ -33,6 +34,7 @@ _DIRECTIVE = re.compile(
 )
 # What a member that is no directive may have been meant to be: read as strictly as it can be (§4.2.1).
 _MEANT = re.compile(r"(?<![A-Za-z0-9_-])(no-store|no-cache|private|must-revalidate|max-age)(?![A-Za-z0-9_-])", re.I)
+REMEMBERED_LENGTH = 256  # characters of Cache-Control beyond which what it says is not remembered
 _DELTA = re.compile(r"\s*(\d+)\s*")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _TIME = r"(?P<h>\d\d):(?P<m>\d\d):(?P<s>\d\d)"
@@ -51,8 +53,16 @@ def directives(headers: Headers | Mapping[str, list[str]]) -> dict[str, str | No
     Of a directive that is repeated with different arguments the most restrictive counts (§4.2.1).
     """
     lines = headers.get_list("cache-control") if isinstance(headers, Headers) else headers.get("cache-control")
+    if not lines:
+        return {}
+    # One exchange asks for the same ones six times.
+    return dict(_directives(*lines) if sum(map(len, lines)) < REMEMBERED_LENGTH else _directives.__wrapped__(*lines))
+
+
+@lru_cache(maxsize=256)
+def _directives(*lines: str) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
-    for name, quoted, plain, other in (match for line in lines or () for match in _DIRECTIVE.findall(_short(line))):
+    for name, quoted, plain, other in (match for line in lines for match in _DIRECTIVE.findall(_short(line))):
         key, argument = name.lower(), (re.sub(r"\\(.)", r"\1", quoted) if quoted else plain) or None
         if not key:
             found |= dict.fromkeys(map(str.lower, _MEANT.findall(other)))
@@ -88,8 +98,14 @@ def seconds(argument: str | None) -> int:
 
 def http_date(value: str | None) -> float | None:
     """The Unix time of an HTTP-date, strictly one of the three formats of RFC 9110 §5.6.7; None for anything else."""
+    date = value.strip() if value else ""
+    return _http_date(date) if 0 < len(date) < 40 else None
+
+
+@lru_cache(maxsize=256)
+def _http_date(date: str) -> float | None:
     for pattern in _DATES:
-        match = pattern.fullmatch(value.strip()) if value else None
+        match = pattern.fullmatch(date)
         if match is None:
             continue
         year = int(match["y"])
@@ -211,6 +227,21 @@ def machine_response(response: hishel.Response) -> hishel.Response:
         known.append(f"max-age={seconds(control['max-age'])}")
     shown["cache-control"] = ", ".join(known)
     return hishel.Response(response.status_code, Headers(shown))
+
+
+def may_be_stored(method: str, status: int, headers: Headers) -> bool:
+    """Whether hishel's machine lets a private cache store a response (§3) to a plain request."""
+    shown = machine_response(hishel.Response(status, headers)).headers
+    return _may_be_stored(method, status, shown.get("cache-control") or "", "expires" in shown)
+
+
+@lru_cache(maxsize=1024)
+def _may_be_stored(method: str, status: int, control: str, expires: bool) -> bool:
+    """The same by all that it looks at, since that takes it a while."""
+    fields = {"cache-control": control, **({"expires": "0"} if expires else {})}
+    asked = hishel.Request(method, "https://origin.invalid/", Headers({}))
+    state = hishel.CacheMiss(options=CacheOptions(shared=False), request=asked)
+    return isinstance(state.next(hishel.Response(status, Headers(fields))), hishel.StoreAndUse)
 
 
 def vary_names(headers: Mapping[str, list[str]]) -> list[str]:

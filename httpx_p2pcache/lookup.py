@@ -29,6 +29,7 @@ from httpx_p2pcache.freshness import (
     machine_request,
     machine_response,
     machine_unproven,
+    may_be_stored,
     must_not_be_stale,
     seconds,
     storable_fields,
@@ -224,11 +225,9 @@ class Lookup:
 
     def _storable(self, reply: Reply) -> bool:
         """Whether the answer to a range may be stored: a part, or the whole if the origin ignores ranges."""
-        response = machine_response(hishel.Response(200, reply.headers))
-        state = hishel.CacheMiss(_OPTIONS, self.shown).next(response)
         return (
             reply.status in (200, 206)
-            and isinstance(state, hishel.StoreAndUse)
+            and may_be_stored("GET", 200, reply.headers)
             and not _too_large(reply, self.exchange.settings.max_body_size)
         )
 
@@ -349,13 +348,12 @@ class Lookup:
                 if not self._names_ours(state, reply):
                     state, why = hishel.CacheMiss(_OPTIONS, self.shown), "miss"
                     continue
+            if isinstance(state, hishel.CacheMiss):
+                storable = may_be_stored(self.request.method, reply.status, reply.headers)
+                break
             seen = hishel.Response(reply.status, reply.headers)
             # The machine compares with the tag that it knows; the new one is stored with the other fields.
-            if (
-                isinstance(state, hishel.NeedRevalidation)
-                and respelt
-                and opaque(reply.headers.get("etag") or "") == opaque(respelt)
-            ):
+            if respelt and opaque(reply.headers.get("etag") or "") == opaque(respelt):
                 known = {"etag": [str(self._stored(state.revalidating_entries[0]).entry.first("etag"))]}
                 seen = hishel.Response(reply.status, Headers({**_lists(reply.headers), **known}))
             state = state.next(machine_response(seen))
@@ -364,6 +362,7 @@ class Lookup:
                 yield Run(partial(exchange.store.remove, self.key, ours))
                 state = state.next()
             if not isinstance(state, hishel.CacheMiss):
+                storable = isinstance(state, hishel.StoreAndUse)
                 break
             why = "miss"  # a 304 that fits nothing we hold: once more, without conditions of ours
         if isinstance(state, hishel.NeedToBeUpdated):
@@ -375,8 +374,7 @@ class Lookup:
             yield Run(partial(exchange.store.refuse, self.key, self.asker.identity, since=sent))
         keep = None
         # A 202 says "not yet", at GitHub with a lifetime; whoever asks again wants to know whether it is there now.
-        storable = isinstance(state, hishel.StoreAndUse) and reply.status != 202
-        if storable and not _too_large(reply, exchange.settings.max_body_size):
+        if storable and reply.status != 202 and not _too_large(reply, exchange.settings.max_body_size):
             keep = Keep(self, reply, sent, lease)
         else:
             lease.settle(Verdict.FAILED if reply.status >= 500 else Verdict.UNSTORABLE)

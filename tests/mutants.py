@@ -30,6 +30,24 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "node/shortcuts.py",
+        "elif length > stream.recv_window:",
+        "elif False:",
+        "integration/test_shortcuts.py::test_who_sends_more_than_the_window_is_cut_off_and_nobody_else_is",
+    ),
+    Mutant(
+        "store.py",
+        "self._was_buried(key, stored.entry.identity, since) or",
+        "",
+        "unit/test_store.py::test_a_write_of_another_process_makes_void_what_is_unwritten_here",
+    ),
+    Mutant(
+        "store.py",
+        "            if flushed:\n                self.flush()\n",
+        "",
+        "unit/test_store.py::test_what_is_taken_away_is_not_written_later",
+    ),
+    Mutant(
         "node/presence.py",
         "if member.heard() <= began:",
         "if True:",

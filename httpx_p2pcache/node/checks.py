@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from functools import lru_cache
 
-import hishel
 import msgspec
-from hishel import CacheOptions, Headers
+from hishel import Headers
 
 from httpx_p2pcache.entries import Entry, carries_credentials, is_credential, links, same_origin
 from httpx_p2pcache.exceptions import Rejected
-from httpx_p2pcache.freshness import http_date, machine_response, vary_names
+from httpx_p2pcache.freshness import http_date, may_be_stored, vary_names
 
 MAX_RESIDENT = 31_536_000.0  # a year, as RFC 9111's own advice for the longest lifetime was
 MAX_FUTURE = 7200.0  # clocks may differ by an hour in either direction
@@ -58,20 +56,10 @@ def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> E
         if _PAGINATION.search(parameters) and not same_origin(url, entry.url):
             raise Rejected("its Link leads to another origin")
     _check_coding(entry)
-    shown = machine_response(hishel.Response(entry.status, Headers(entry.headers))).headers
-    if not _is_storable(entry.method, entry.status, shown.get("cache-control"), "expires" in shown):
+    if not may_be_stored(entry.method, entry.status, Headers(entry.headers)):
         raise Rejected("RFC 9111 §3 does not allow it to be stored")
     age = entry.initial_age + resident
     return msgspec.structs.replace(entry, initial_age=age, received=now)
-
-
-@lru_cache(maxsize=256)
-def _is_storable(method: str, status: int, control: str | None, expires: bool) -> bool:
-    """What hishel's machine says (RFC 9111 §3). It looks at no more than this, and takes its time."""
-    fields = {"cache-control": control or "", **({"expires": "0"} if expires else {})}
-    asked = hishel.Request(method, "https://origin.invalid/", Headers({}))
-    miss = hishel.CacheMiss(options=CacheOptions(shared=False), request=asked)
-    return isinstance(miss.next(hishel.Response(status, Headers(fields))), hishel.StoreAndUse)
 
 
 def _check_coding(entry: Entry) -> None:

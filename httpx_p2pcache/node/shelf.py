@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("httpx_p2pcache")
 
 SAME_AGE = 0.5  # seconds by which the age of one entry may differ between two members
-LARGE = 64 * 1024  # bytes of a body that is checked in the worker, since that takes its time
+LARGE = 64 * 1024  # bytes of a body that is unpacked in the worker, and of one that is sent by a task of its own
 MAX_KEPT_SEALED = 64 * 1024  # bytes of a sealed entry that is kept beside it, for the next who asks
 
 
@@ -98,7 +98,8 @@ class Shelf:
                 entry = msgspec.structs.replace(entry, body=body)
             now = time.time()
             check = partial(believed, entry, resident, now, fleet.settings.max_body_size)
-            entry = check() if len(entry.body) < LARGE else await fleet.in_worker(check)
+            takes_long = len(entry.body) > LARGE and "content-encoding" in entry.headers
+            entry = await fleet.in_worker(check) if takes_long else check()
         except Rejected as exc:
             logger.debug("an entry from a peer was not believed: %s", exc)
             fleet.stats.add("rejected")

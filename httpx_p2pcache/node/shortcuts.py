@@ -73,6 +73,18 @@ class Direct:
         self._ahead = self._ahead[len(taken) :]
         return taken
 
+    async def message(self) -> bytes:
+        """The next message that has its length, of 16 bits, in front of it; none where the stream ends or breaks."""
+        length = int.from_bytes(await self._exactly(2), "big")
+        return await self._exactly(length) if length else b""
+
+    async def _exactly(self, n: int) -> bytes:
+        taken = part = await self.read(n)
+        while part and len(taken) < n:
+            part = await self.read(n - len(taken))
+            taken += part
+        return taken if part else b""
+
     async def write(self, data: bytes) -> None:
         """All of ``data``; no turn of the scheduler if the kernel takes it at once."""
         async with self._writing:
@@ -115,6 +127,8 @@ class Sieve:
         self._stream = 0  # whose data is being read ...
         self._left = 0  # ... and how much more of it there is
         self._passed = 0  # bytes of a frame's body that Yamux has still to read
+        self._raw: Direct = secured.conn.read_writer.read_write_closer.stream
+        self._begun = False
 
     async def read(self, n: int) -> bytes:
         """At most ``n`` bytes of the next frame that is none of the two: first its header, then what it announces."""
@@ -128,7 +142,7 @@ class Sieve:
                 self._left -= len(data)
                 self._received(data)
             while len(self._plain) < HEADER_SIZE:
-                self._plain += await self._secured.read(None)
+                await self._more()
             _, kind, flags, number, length = _HEADER.unpack_from(self._plain)
             stream = self._muxer.streams.get(number)
             if stream is None or flags or kind not in (TYPE_DATA, TYPE_WINDOW_UPDATE):
@@ -147,10 +161,16 @@ class Sieve:
     async def _take(self, n: int) -> bytes:
         """At most ``n`` bytes, as soon as there are any."""
         if not self._plain:
-            self._plain += await self._secured.read(None)
+            await self._more()
         taken = bytes(memoryview(self._plain)[:n])
         del self._plain[:n]
         return taken
+
+    async def _more(self) -> None:
+        """One more message of Noise; the first time what py-libp2p has left of one."""
+        message = await self._raw.message() if self._begun else b""
+        self._begun = True
+        self._plain += self._secured.conn.decrypt(message) if message else await self._secured.read(None)
 
     def _received(self, data: bytes) -> None:
         muxer = self._muxer

@@ -1,0 +1,264 @@
+"""Streams over the shorter ways through py-libp2p: two hosts on 127.0.0.1, of which one may be py-libp2p's own."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("libp2p")
+
+import trio
+import trio.testing
+from libp2p import new_host
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.custom_types import TProtocol
+from libp2p.peer.id import ID
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport
+from libp2p.stream_muxer.yamux.yamux import MAX_WINDOW_SIZE, Yamux
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
+from multiaddr import Multiaddr
+
+from httpx_p2pcache.node.host import Host
+from httpx_p2pcache.node.protocol import PROTOCOL_ID
+from httpx_p2pcache.node.shortcuts import Muxer, Sieve, Stream
+
+pytestmark = pytest.mark.p2p
+
+SECONDS = 20.0
+WINDOW = 256 * 1024  # bytes, of a stream that has just begun
+Serve = Callable[[Any], Awaitable[None]]
+
+
+async def read(stream: Any, size: int) -> bytes:
+    taken = bytearray()
+    while len(taken) < size:
+        part = await stream.read(min(size - len(taken), 100_000))
+        assert part, f"the stream has ended after {len(taken)} of {size} bytes"
+        taken += part
+    return bytes(taken)
+
+
+async def echo(stream: Any) -> None:
+    """Sends back each piece that it is told the size of."""
+    with contextlib.suppress(Exception):
+        while head := await stream.read(4):
+            head += await read(stream, 4 - len(head)) if len(head) < 4 else b""
+            await stream.write(await read(stream, int.from_bytes(head, "big")))
+
+
+@contextlib.asynccontextmanager
+async def plain_host(serve: Serve) -> AsyncIterator[tuple[Any, str]]:
+    """py-libp2p as it is."""
+    key_pair = create_new_key_pair()
+    noise = Transport(key_pair, noise_privkey=create_noise_key_pair().private_key)
+    host: Any = new_host(key_pair=key_pair, sec_opt={NOISE: noise}, muxer_opt={TProtocol(YAMUX): Yamux})
+    host.set_stream_handler(TProtocol(PROTOCOL_ID), serve)
+    async with host.run([Multiaddr("/ip4/127.0.0.1/tcp/0")]):
+        yield host, str(host.get_addrs()[0])
+
+
+@contextlib.asynccontextmanager
+async def pair(serve: Serve, *, ours: str = "both") -> AsyncIterator[tuple[Any, Callable[[], Awaitable[Any]]]]:
+    """The host that dials, and how it opens a stream to the one that serves; ``ours``: who takes the shorter ways."""
+
+    async def served(stream: Any, _: ID) -> None:
+        await serve(stream)
+
+    async with contextlib.AsyncExitStack() as stack:
+        if ours == "dialler":
+            there, address = await stack.enter_async_context(plain_host(serve))
+            peer_id = there.get_id()
+        else:
+            listener = Host(served, lambda _: True)
+            port = await stack.enter_async_context(listener.listening("127.0.0.1", 0))
+            address, peer_id = f"/ip4/127.0.0.1/tcp/{port}", listener.id
+        if ours == "listener":
+            here, _ = await stack.enter_async_context(plain_host(serve))
+            await here.get_network().dial_addr(Multiaddr(address.partition("/p2p/")[0]), peer_id)
+            yield here, lambda: here.new_stream(peer_id, [TProtocol(PROTOCOL_ID)])
+        else:
+            dialler = Host(served, lambda _: True)
+            await stack.enter_async_context(dialler.listening("127.0.0.1", 0))
+            yield dialler, lambda: dialler.connect([address.partition("/p2p/")[0]], peer_id, SECONDS)
+        await (here.disconnect(peer_id) if ours == "listener" else dialler.disconnect(peer_id))
+
+
+def play(scene: Callable[[], Awaitable[None]]) -> None:
+    async def in_time() -> None:
+        with trio.fail_after(SECONDS):
+            await scene()
+
+    trio.run(in_time)
+
+
+def test_both_ends_of_a_connection_multiplex_by_the_shorter_ways() -> None:
+    async def scene() -> None:
+        seen: list[Any] = []
+
+        async def note(stream: Any) -> None:
+            seen.append(stream)
+            await echo(stream)
+
+        async with pair(note) as (_, connect):
+            stream = await connect()
+            await stream.write((1).to_bytes(4, "big") + b"x")
+            assert await read(stream, 1) == b"x"
+            for one in (stream, *seen):
+                assert isinstance(one, Stream)
+                assert isinstance(one.muxed_conn, Muxer)
+                assert isinstance(one.muxed_conn.secured_conn, Sieve)
+
+    play(scene)
+
+
+@pytest.mark.parametrize("ours", ["both", "dialler", "listener"])
+def test_what_is_written_is_read_whatever_its_size(ours: str) -> None:
+    """Beside a window, a message of Noise and a frame of Yamux, on three streams at a time."""
+    chance = random.Random(ours)
+    sizes = [1, 15, 16, 65_490, 65_507, 65_508, 65_519, 65_524, 65_535, 65_536, WINDOW - 4, WINDOW, WINDOW + 1, 900_000]
+
+    async def scene() -> None:
+        async with pair(echo, ours=ours) as (_, connect), trio.open_nursery() as nursery:
+
+            async def ask() -> None:
+                stream = await connect()
+                for size in chance.sample(sizes, len(sizes)):
+                    sent = chance.randbytes(size)
+                    async with trio.open_nursery() as both:
+                        both.start_soon(stream.write, size.to_bytes(4, "big") + sent)
+                        assert await read(stream, size) == sent
+                await stream.reset()
+
+            for _ in range(3):
+                nursery.start_soon(ask)
+
+    play(scene)
+
+
+def test_two_that_write_much_to_each_other_at_once_both_come_to_an_end() -> None:
+    size = 5_000_000
+
+    async def scene() -> None:
+        async def write_and_read(stream: Any) -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.write, bytes(size))
+                assert await read(stream, size) == bytes(size)
+
+        ended = trio.Event()
+
+        async def serve(stream: Any) -> None:
+            await write_and_read(stream)
+            ended.set()
+
+        async with pair(serve) as (_, connect):
+            await write_and_read(await connect())
+            await ended.wait()
+
+    play(scene)
+
+
+@pytest.mark.parametrize("ours", ["both", "dialler", "listener"])
+def test_who_does_not_read_is_sent_no_more_than_its_window(ours: str) -> None:
+    async def scene() -> None:
+        async def sleep(_: Any) -> None:
+            await trio.sleep_forever()
+
+        async with pair(sleep, ours=ours) as (_, connect):
+            stream = await connect()
+            with trio.move_on_after(0.5) as waited:
+                await stream.write(bytes(2 * MAX_WINDOW_SIZE))
+            assert waited.cancelled_caught
+            assert stream.muxed_stream.send_window == 0
+
+    play(scene)
+
+
+@pytest.mark.parametrize("how", ["reset", "disconnect"])
+def test_who_reads_or_waits_for_the_window_hears_of_the_end(how: str) -> None:
+    async def scene() -> None:
+        there, go = trio.Event(), trio.Event()
+
+        async def serve(stream: Any) -> None:
+            there.set()
+            await go.wait()
+            if how == "reset":
+                await stream.reset()
+            else:
+                await stream.muxed_conn.close()
+
+        async with pair(serve) as (_, connect):
+            stream = await connect()
+            ended: list[str] = []
+
+            async def expect(name: str, func: Callable[..., Awaitable[Any]], argument: object) -> None:
+                with pytest.raises(Exception):  # noqa: B017 - py-libp2p's, of which there are many
+                    assert await func(argument)
+                ended.append(name)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(expect, "read", stream.read, 1)
+                nursery.start_soon(expect, "write", stream.write, bytes(2 * MAX_WINDOW_SIZE))
+                await there.wait()
+                go.set()
+            assert sorted(ended) == ["read", "write"]
+
+    play(scene)
+
+
+def test_what_was_sent_before_the_end_of_a_stream_is_read() -> None:
+    async def scene() -> None:
+        async def serve(stream: Any) -> None:
+            await stream.write(b"last words")
+            await stream.close()
+
+        async with pair(serve) as (_, connect):
+            stream = await connect()
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            assert await read(stream, 10) == b"last words"
+            with pytest.raises(Exception):  # noqa: B017
+                assert await stream.read(1)
+
+    play(scene)
+
+
+def test_who_sends_more_than_the_window_is_cut_off_and_nobody_else_is() -> None:
+    async def scene() -> None:
+        async def served(stream: Any) -> None:
+            if await stream.read(1) == b"h":
+                await trio.sleep_forever()
+            await stream.write(b"well")
+
+        async with pair(served, ours="listener") as (bad, connect), plain_host(served) as (good, _):
+            stream = await connect()
+            await stream.write(b"h")
+            muxed = stream.muxed_stream
+            muxed.send_window = 2 * MAX_WINDOW_SIZE  # by nobody's leave
+            (peer_id,) = bad.get_network().connections
+            address = bad.get_peerstore().addrs(peer_id)[0]
+            with contextlib.suppress(Exception):
+                await stream.write(bytes(2 * MAX_WINDOW_SIZE))
+            await muxed.conn.event_closed.wait()
+            await good.get_network().dial_addr(address, peer_id)
+            other = await good.new_stream(peer_id, [TProtocol(PROTOCOL_ID)])
+            await other.write(b"x")
+            assert await read(other, 4) == b"well"
+
+    play(scene)
+
+
+def test_a_write_that_is_cancelled_before_it_has_begun_sends_nothing() -> None:
+    async def scene() -> None:
+        async with pair(echo) as (_, connect):
+            stream = await connect()
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await stream.write((3).to_bytes(4, "big") + b"one")  # nothing in it waits: it is sent
+            assert await read(stream, 3) == b"one"
+
+    play(scene)
