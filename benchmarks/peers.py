@@ -250,7 +250,7 @@ def publishing(counts: tuple[int, ...] = (1, 4, 9), urls: int = 50) -> dict[str,
     return found
 
 
-def misses(rounds: int = 60) -> dict[str, Any]:
+def misses(rounds: int = 150) -> dict[str, Any]:
     """A miss at 20 ms, with a peer that has nothing either; in turns with a bare client of the same process."""
     resources = {f"/{number}": Resource(b"x" * 2000, max_age=600) for number in range(rounds)}
     times: dict[str, list[float]] = {"bare": [], "ours": []}

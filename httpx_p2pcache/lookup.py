@@ -544,7 +544,8 @@ class Lookup:
         """The entry that a complete response becomes."""
         now = time.time()
         headers = storable_fields(reply.headers)
-        headers.setdefault("date", [formatdate(now, usegmt=True)])  # RFC 9110 §6.6.1
+        if "date" not in headers:  # RFC 9110 §6.6.1
+            headers["date"] = [formatdate(now, usegmt=True)]
         entry = Entry(
             method=self.request.method,
             url=self.request.url,

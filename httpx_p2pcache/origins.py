@@ -35,6 +35,11 @@ class Origins:
         self._lock = threading.Lock()
         self._sync: dict[str | None, Any] = {}
         self._async: dict[str | None, Any] = {}
+        # Looked up once, as the library's clients do: to ask each time takes longer than all else here.
+        proxies = self._utils.get_environment_proxies()
+        self._proxies: list[tuple[Any, str | None]] = sorted(
+            (self._utils.URLPattern(key), proxy) for key, proxy in proxies.items()
+        )
         self._prepare_to_load()
         if at_once:
             self._loader.start()
@@ -87,6 +92,4 @@ class Origins:
 
     def _proxy_for(self, url: Any) -> str | None:
         """The proxy that the library would take from the environment; None: none."""
-        proxies = self._utils.get_environment_proxies()
-        patterns = sorted((self._utils.URLPattern(key), proxy) for key, proxy in proxies.items())
-        return next((proxy for pattern, proxy in patterns if pattern.matches(url)), None)
+        return next((proxy for pattern, proxy in self._proxies if pattern.matches(url)), None)
