@@ -7,9 +7,6 @@ What adds is in memory at once. In a process with a node, which tells all others
 it a moment later, so that no caller waits for the disk; what takes away is written at once, after all that was to be
 written before it. What a process removes while another has not yet written it is not written any more: a table of its
 own, ``tombstones``, says so. A process that is killed loses the last moment's entries.
-
-What hishel stores for us: the request's selecting fields instead of its header, and beside the response's exact fields
-one whose name no field can have, ``:p2pcache``, with the body's form, identity, initial age, time of receipt, voucher.
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import math
 import os
 import sqlite3
 import threading
@@ -30,13 +26,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hishel
-from hishel import Headers, SqliteStorage
+from hishel import SqliteStorage
 
-from httpx_p2pcache.entries import Entry, Keyring, body_digest, cache_key
+from httpx_p2pcache import tombstones
+from httpx_p2pcache.entries import Entry, Keyring, cache_key
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.files import private_directory, private_file
+from httpx_p2pcache.rows import fields_at_rest, from_hishel, to_hishel
 from httpx_p2pcache.stored import Stored, same_place
+from httpx_p2pcache.tombstones import EVERYBODY, Tombstones, noted
 
 logger = logging.getLogger("httpx_p2pcache")
 
@@ -44,20 +42,11 @@ MEMORY_BYTES = 64 * 1024**2  # bodies kept decoded in memory, for all URLs of on
 BUSY_MS = 1000  # what a write waits for another process; it is given up then, and the entry is not kept
 CHECKED_PAGES = 8192  # a file of up to 32 MiB is checked when it is opened, which takes milliseconds
 PEEK_SECONDS = 0.002  # what a look into memory may wait for a thread that writes
-TOMBSTONE_SECONDS = 3600.0  # how long an invalidation outlives a publication that was on its way
-MAX_TOMBSTONES = 100_000
 BEHIND_SECONDS = 0.01  # by which writing stays behind: at once it would meet the caller's next look-up at the lock
 MAX_UNWRITTEN = 32 * 1024**2  # bytes that may be unwritten: who brings more waits for the disk
 STOP_SECONDS = 0.5  # that close() waits for it to end, who has nothing left to do
 IDLE_SECONDS = 5.0  # after which a thread that has nothing to write ends
-_EVERYBODY = "*"
 _FILE = "p2pcache-v1.db"
-_META = ":p2pcache"
-_AT_REST = b"at rest "
-_TOMBSTONES = (
-    "CREATE TABLE IF NOT EXISTS tombstones"
-    " (cache_key BLOB, identity TEXT, since REAL NOT NULL, PRIMARY KEY (cache_key, identity)) WITHOUT ROWID"
-)
 SAME_AGE = 1.0  # seconds by which the age of one entry may differ between two processes of the runner
 
 
@@ -100,7 +89,7 @@ class Store:
         self._version = -1
         self._memory: OrderedDict[bytes, list[Stored]] = OrderedDict()
         self._memory_bytes = 0
-        self._tombstones: OrderedDict[tuple[bytes, str], float] = OrderedDict()
+        self._tombstones = Tombstones()
         self.complained = False
         _stores.add(self)
 
@@ -149,13 +138,13 @@ class Store:
             storage, found = self._open(), []
             for row in storage.get_entries(key.hex()):
                 try:
-                    entry = _from_hishel(row, self._sealing)
+                    entry = from_hishel(row, self._sealing)
                 except (KeyError, ValueError, Rejected):  # not one of ours
                     storage.remove_entry(row.id)
                 except (RuntimeError, sqlite3.Error):  # evicted under us
                     continue
                 else:
-                    if not self._is_void(key, entry.identity, entry.received):  # else its removal has failed
+                    if not self._tombstones.void(key, entry.identity, entry.received):  # else its removal has failed
                         found.append(self._prepared(entry, row.id, row.id))
             self._remember(key, found)
             return found
@@ -168,7 +157,7 @@ class Store:
         key = cache_key(entry.url)
         asked = entry.received if since is None else since
         with self._lock:
-            if self._is_void(key, entry.identity, asked):
+            if self._tombstones.void(key, entry.identity, asked):
                 return None
             held = self.load(key)
             replaced = [s for s in held if same_place(s.entry, entry)]
@@ -184,7 +173,7 @@ class Store:
         """
         key = cache_key(entry.url)
         with self._lock:
-            if self._is_void(key, entry.identity, since):
+            if self._tombstones.void(key, entry.identity, since):
                 return None
             fresh = self._prepared(entry, stored.id, stored.row)
             self._remember(key, [*(s for s in self.load(key) if not s.is_same(stored)), fresh])
@@ -199,7 +188,7 @@ class Store:
         """The origin refuses an identity: what it was given before ``since`` is removed, and not taken from peers."""
         with self._lock:
             self.remove(key, [stored for stored in self.load(key) if stored.entry.identity == identity])
-            self._bury([key], identity, since)
+            self._tombstones.bury(self._connected, [key], identity, since)
 
     def remove(self, key: bytes, removed: Collection[Stored]) -> None:
         """Remove single entries of a key."""
@@ -217,7 +206,7 @@ class Store:
                 for stored in self.load(key):
                     self._delete(storage, stored)
                 self._remember(key, [])
-            self._bury(keys, _EVERYBODY, now)
+            self._tombstones.bury(self._connected, keys, EVERYBODY, now)
 
     def flush(self) -> None:
         """Write what is still to be written."""
@@ -269,10 +258,10 @@ class Store:
 
     def _insert(self, key: bytes, stored: Stored, replaced: list[Stored], since: float, storage: SqliteStorage) -> None:
         if self._others_have_written() and (
-            self._was_buried(key, stored.entry.identity, since) or self._is_outdone(storage, key, stored)
+            noted(self._connected, key, stored.entry.identity, since) or self._is_outdone(storage, key, stored)
         ):
             return
-        request, response = _to_hishel(stored.entry, self._sealing)
+        request, response = to_hishel(stored.entry, self._sealing)
         created = storage.create_entry(request, response, key.hex())
         stream = created.response.stream
         assert isinstance(stream, Iterator)
@@ -287,7 +276,7 @@ class Store:
         now = time.time()
         for row in storage.get_entries(key.hex()):
             try:
-                theirs = _from_hishel(row, self._sealing)
+                theirs = from_hishel(row, self._sealing)
             except (KeyError, ValueError, Rejected, RuntimeError, sqlite3.Error):
                 continue
             if not same_place(theirs, stored.entry):
@@ -304,7 +293,7 @@ class Store:
     def _update(self, stored: Stored, fresh: Stored, storage: SqliteStorage) -> None:
         fresh.row = stored.row
         if fresh.row is not None:
-            storage.update_headers(fresh.row, _fields(fresh.entry, self._sealing))
+            storage.update_headers(fresh.row, fields_at_rest(fresh.entry, self._sealing))
 
     @staticmethod
     def _delete(storage: SqliteStorage, stored: Stored) -> None:
@@ -315,11 +304,10 @@ class Store:
         """Remove every entry; returns how many there were. Raises OSError if that is not possible."""
         with self._lock:
             entries, _ = self.size()
-            assert self._connection is not None
             try:
-                if self._connection.execute("PRAGMA database_list").fetchone()[2] == "":
+                if self._connected.execute("PRAGMA database_list").fetchone()[2] == "":
                     raise OSError("its file cannot be used")
-                self._connection.executescript(
+                self._connected.executescript(
                     "BEGIN IMMEDIATE; DELETE FROM streams; DELETE FROM entries; COMMIT; VACUUM;"
                 )
             except sqlite3.Error as exc:
@@ -369,49 +357,24 @@ class Store:
 
     def _select(self, sql: str, parameters: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
         """Rows of our own query; none if the file turns out to be damaged, which is then moved aside."""
-        self._open()
-        assert self._connection is not None
         try:
-            return self._connection.execute(sql, parameters).fetchall()
+            return self._connected.execute(sql, parameters).fetchall()
         except sqlite3.DatabaseError as exc:
             if not isinstance(exc, sqlite3.OperationalError):
                 self.close()
                 self._move_aside()
             return []
 
-    def _is_void(self, key: bytes, identity: str, since: float) -> bool:
-        """Whether a key was written to, or an identity refused, after ``since``."""
-        return any(self._tombstones.get((key, who), -math.inf) > since for who in (_EVERYBODY, identity))
-
-    def _bury(self, keys: list[bytes], identity: str, now: float) -> None:
-        """What of these keys was asked for before ``now`` is void: here, and in other processes that still write it."""
-        for key in keys:
-            self._tombstones[key, identity] = now
-            self._tombstones.move_to_end((key, identity))
-        assert self._connection is not None
-        try:
-            with self._connection as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                connection.execute("DELETE FROM tombstones WHERE since < ?", (now - TOMBSTONE_SECONDS,))
-                connection.executemany(
-                    "INSERT OR REPLACE INTO tombstones VALUES (?, ?, ?)", [(key, identity, now) for key in keys]
-                )
-        except sqlite3.Error:
-            logger.debug("a removal could not be noted for other processes", exc_info=True)
-        while next(iter(self._tombstones.values())) < now - TOMBSTONE_SECONDS or len(self._tombstones) > MAX_TOMBSTONES:
-            self._tombstones.popitem(last=False)
-
-    def _was_buried(self, key: bytes, identity: str, since: float) -> bool:
-        """The same, as any process of the runner has noted it."""
-        assert self._connection is not None
-        sql = "SELECT 1 FROM tombstones WHERE cache_key = ? AND identity IN (?, ?) AND since > ?"
-        return self._connection.execute(sql, (key, _EVERYBODY, identity, since)).fetchone() is not None
-
     def _others_have_written(self) -> bool:
         """Whether another process has written since memory was emptied for that the last time."""
-        assert self._connection is not None
-        (version,) = self._connection.execute("PRAGMA data_version").fetchone()
+        (version,) = self._connected.execute("PRAGMA data_version").fetchone()
         return bool(version != self._version)
+
+    @property
+    def _connected(self) -> sqlite3.Connection:
+        self._open()
+        assert self._connection is not None
+        return self._connection
 
     @contextlib.contextmanager
     def _writing(self, *, flushed: bool = True) -> Iterator[SqliteStorage]:
@@ -463,7 +426,7 @@ class Store:
                 raise sqlite3.DatabaseError("database disk image is malformed")
             with storage._lock:  # the schema is made now: hishel would make it in the middle of a look-up
                 storage._ensure_connection()
-            connection.execute(_TOMBSTONES)
+            connection.execute(tombstones.TABLE)
             connection.execute(f"PRAGMA busy_timeout={BUSY_MS}")
             (self._version,) = connection.execute("PRAGMA data_version").fetchone()
         except BaseException:
@@ -570,40 +533,3 @@ logging.getLogger("hishel._core._storages._sync_sqlite").addFilter(_SaidOnce())
 def _size(found: list[Stored]) -> int:
     """Bytes in memory, more or less: a key of which nothing is held is remembered as well."""
     return 512 + sum(2048 + len(stored.entry.body) for stored in found)
-
-
-def _to_hishel(entry: Entry, sealing: Keyring | None) -> tuple[hishel.Request, hishel.Response]:
-    body = entry.body if sealing is None else sealing.seal(entry.body, _AT_REST + cache_key(entry.url))
-    request = hishel.Request(entry.method, entry.url, Headers(dict(entry.selecting)))
-    return request, hishel.Response(entry.status, _fields(entry, sealing), iter([body]))
-
-
-def _fields(entry: Entry, sealing: Keyring | None) -> Headers:
-    form = "plain" if sealing is None else "sealed"
-    meta = [form, entry.identity, repr(entry.initial_age), repr(entry.received), entry.voucher.hex()]
-    return Headers({**entry.headers, _META: meta})
-
-
-def _from_hishel(row: hishel.Entry, sealing: Keyring | None) -> Entry:
-    headers = {name: row.response.headers.get_list(name) or [] for name in row.response.headers}
-    form, identity, initial_age, received, voucher = headers.pop(_META)
-    if form != ("plain" if sealing is None else "sealed"):
-        raise Rejected("it was stored with another CACHE_ENCRYPT_AT_REST")
-    stream = row.response.stream
-    assert isinstance(stream, Iterator)
-    body = b"".join(stream)
-    if sealing is not None:
-        body = sealing.open(body, _AT_REST + cache_key(row.request.url))
-    return Entry(
-        method=row.request.method,
-        url=row.request.url,
-        identity=identity,
-        selecting=dict(row.request.headers),
-        status=row.response.status_code,
-        headers=headers,
-        body=body,
-        digest=body_digest(body),
-        initial_age=float(initial_age),
-        received=float(received),
-        voucher=bytes.fromhex(voucher),
-    )

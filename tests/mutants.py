@@ -37,7 +37,7 @@ MUTANTS = [
     ),
     Mutant(
         "store.py",
-        "self._was_buried(key, stored.entry.identity, since) or",
+        "noted(self._connected, key, stored.entry.identity, since) or",
         "",
         "unit/test_store.py::test_a_write_of_another_process_makes_void_what_is_unwritten_here",
     ),
@@ -216,7 +216,7 @@ MUTANTS = [
         f"{FAULTS}::test_a_database_that_nobody_else_can_even_read_is_not_waited_for_long",
     ),
     Mutant(
-        "store.py",
+        "rows.py",
         "body = entry.body if sealing is None else",
         "body = entry.body if True else",
         "unit/test_store.py::test_bodies_at_rest_are_sealed_and_under_another_key_the_store_is_cold",

@@ -48,8 +48,8 @@ from httpx_p2pcache.node.protocol import (
     read_frame,
     unpack,
 )
+from httpx_p2pcache.rows import from_hishel, to_hishel
 from httpx_p2pcache.stats import Stats
-from httpx_p2pcache.store import _from_hishel, _to_hishel
 from httpx_p2pcache.stored import Stored
 
 KEYRING = Keyring(b"the secret of a fleet", "octo-org/repo-0")
@@ -184,10 +184,10 @@ def entries(data: bytes) -> None:
 
 def use(entry: Entry, now: float) -> None:
     """All that is done with an entry that has been stored."""
-    _, response = _to_hishel(entry, None)
+    _, response = to_hishel(entry, None)
     request = types.SimpleNamespace(method=entry.method, url=entry.url, headers=dict(entry.selecting))
     row = types.SimpleNamespace(request=request, response=response)
-    assert _from_hishel(row, None).headers == entry.headers  # type: ignore[arg-type] # as much of one as is looked at
+    assert from_hishel(row, None).headers == entry.headers  # type: ignore[arg-type] # as much of one as is looked at
     stored = Stored(uuid.UUID(int=1), entry, 300.0, True)
     stored.fresh(now)
     stored.matches("GET", {"accept": "*/*"}.get)
