@@ -140,14 +140,14 @@ class Lookup:
 
     def _look(self) -> Generator[Effect, Any, Stored | hishel.AnyState]:
         """What the store holds now that may be served, or what hishel's machine says to what it holds."""
-        store, now = self.exchange.store, time.time()
+        store = self.exchange.store
         found: list[Stored] | None = store.peek(self.key)
         if found is None:
             found = yield Run(partial(store.load, self.key))
         if found is self._found:  # nothing has come, and nothing has gone
             return self._state
         self._found = found
-        self._state = yield from self._judged(found, now)
+        self._state = yield from self._judged(found, time.time())
         return self._state
 
     def _judged(self, found: list[Stored], now: float) -> Generator[Effect, Any, Stored | hishel.AnyState]:

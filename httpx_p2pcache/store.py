@@ -44,6 +44,8 @@ CHECKED_PAGES = 8192  # a file of up to 32 MiB is checked when it is opened, whi
 PEEK_SECONDS = 0.002  # what a look into memory may wait for a thread that writes
 BEHIND_SECONDS = 0.01  # by which writing stays behind: at once it would meet the caller's next look-up at the lock
 MAX_UNWRITTEN = 32 * 1024**2  # bytes that may be unwritten: who brings more waits for the disk
+UNWRITTEN_BYTES = 2048  # that one takes beside its body, more or less
+BETWEEN_SECONDS = 0.0002  # between two that are written
 STOP_SECONDS = 0.5  # that close() waits for it to end, who has nothing left to do
 IDLE_SECONDS = 5.0  # after which a thread that has nothing to write ends
 _FILE = "p2pcache-v1.db"
@@ -117,13 +119,16 @@ class Store:
             self._lock.release()
 
     @contextlib.contextmanager
-    def soon(self) -> Iterator[bool]:
-        """Whether no other thread is at work on the store, nor will be meanwhile. For a loop that must not wait."""
-        free = self._lock.acquire(timeout=PEEK_SECONDS)
+    def soon(self, key: bytes, size: int = 0) -> Iterator[bool]:
+        """Whether a key can be loaded, and ``size`` bytes of it saved, without waiting. For a loop that must not wait.
+
+        That is so where no other thread is at work on the store, nor will be meanwhile, and nothing has to be written.
+        """
+        locked = self._lock.acquire(timeout=PEEK_SECONDS)
         try:
-            yield free
+            yield locked and key not in self._waiting and self._unwritten_bytes + size < MAX_UNWRITTEN
         finally:
-            if free:
+            if locked:
                 self._lock.release()
 
     def load(self, key: bytes) -> list[Stored]:
@@ -144,7 +149,9 @@ class Store:
                 except (RuntimeError, sqlite3.Error):  # evicted under us
                     continue
                 else:
-                    if not self._tombstones.void(key, entry.identity, entry.received):  # else its removal has failed
+                    if self._tombstones.void(key, entry.identity, entry.received):
+                        storage.remove_entry(row.id)
+                    else:
                         found.append(self._prepared(entry, row.id, row.id))
             self._remember(key, found)
             return found
@@ -157,26 +164,29 @@ class Store:
         key = cache_key(entry.url)
         asked = entry.received if since is None else since
         with self._lock:
-            if self._tombstones.void(key, entry.identity, asked):
+            if self._is_void(key, entry.identity, asked):
                 return None
             held = self.load(key)
             replaced = [s for s in held if same_place(s.entry, entry)]
             stored = self._prepared(entry, uuid.uuid4())
             self._remember(key, [*(s for s in held if s not in replaced), stored])
-            self._write(key, len(entry.body), partial(self._insert, key, stored, replaced, asked))
+            self._write(key, len(entry.body), partial(self._insert, stored, replaced, asked, self._version))
         return stored
 
     def refresh(self, stored: Stored, entry: Entry, *, since: float) -> Stored | None:
         """Give a stored entry the fields and times of ``entry``, whose body is the same (RFC 9111 §3.2).
 
-        None if it was invalidated after ``since``, when the origin was asked.
+        None if it was replaced meanwhile, or invalidated after ``since``, when the origin was asked.
         """
         key = cache_key(entry.url)
         with self._lock:
-            if self._tombstones.void(key, entry.identity, since):
+            if self._is_void(key, entry.identity, since):
                 return None
+            held = self.load(key)
+            if not any(s.is_same(stored) for s in held):  # evicted: it is as good as new
+                return None if any(same_place(s.entry, entry) for s in held) else self.save(entry, since=since)
             fresh = self._prepared(entry, stored.id, stored.row)
-            self._remember(key, [*(s for s in self.load(key) if not s.is_same(stored)), fresh])
+            self._remember(key, [*(s for s in held if not s.is_same(stored)), fresh])
             self._write(key, 0, partial(self._update, stored, fresh))
         return fresh
 
@@ -187,8 +197,8 @@ class Store:
     def refuse(self, key: bytes, identity: str, *, since: float) -> None:
         """The origin refuses an identity: what it was given before ``since`` is removed, and not taken from peers."""
         with self._lock:
-            self.remove(key, [stored for stored in self.load(key) if stored.entry.identity == identity])
             self._tombstones.bury(self._connected, [key], identity, since)
+            self.remove(key, [stored for stored in self.load(key) if stored.entry.identity == identity])
 
     def remove(self, key: bytes, removed: Collection[Stored]) -> None:
         """Remove single entries of a key."""
@@ -200,27 +210,32 @@ class Store:
 
     def invalidate(self, keys: list[bytes]) -> None:
         """Remove every entry of these keys, whoever's (RFC 9111 §4.4), and refuse older ones that still arrive."""
-        now = time.time()
+        if not keys:
+            return
         with self._writing() as storage:
+            # Noted first: who writes meanwhile, and looks whether it may only then, either sees that or is seen below.
+            self._tombstones.bury(self._connected, keys, EVERYBODY, time.time())
             for key in keys:
                 for stored in self.load(key):
                     self._delete(storage, stored)
                 self._remember(key, [])
-            self._tombstones.bury(self._connected, keys, EVERYBODY, now)
 
     def flush(self) -> None:
-        """Write what is still to be written."""
-        while self._unwritten:
-            self._write_next()
+        """Write what is still to be written; waits for another process no longer than a single write does."""
+        with self._lock:
+            patient = True
+            while self._unwritten:
+                patient = self._write_next(patient=patient)
 
     def _write(self, key: bytes, size: int, job: Callable[[SqliteStorage], None]) -> None:
         """Have ``size`` bytes written: at once, or behind."""
+        size += UNWRITTEN_BYTES
         self._unwritten.append((key, size, job))
         self._unwritten_bytes += size
         self._waiting[key] += 1
         if not self.behind or self._unwritten_bytes > MAX_UNWRITTEN:
             self.flush()
-        elif self._writer is not None:
+        elif self._writer is not None and self._writer.is_alive():
             self._something.notify()
         else:
             # A daemon, as the node's thread is: what it has not written when the interpreter ends, atexit writes.
@@ -228,7 +243,11 @@ class Store:
             self._writer = threading.Thread(
                 target=self._write_behind, args=(self._no_more,), name="p2pcache-store", daemon=True
             )
-            self._writer.start()
+            try:
+                self._writer.start()
+            except RuntimeError:  # there are no more threads to be had
+                self._writer = None
+                self.flush()
 
     def _write_behind(self, no_more: threading.Event) -> None:
         """A writer's life: one job at a time, between which others may have the lock."""
@@ -240,26 +259,37 @@ class Store:
                             self._writer = None
                         return
             no_more.wait(BEHIND_SECONDS)
-            self.flush()
+            patient = True
+            while self._unwritten:
+                patient = self._write_next(patient=patient)
+                time.sleep(BETWEEN_SECONDS)  # who waits for the lock would else not have it
 
-    def _write_next(self) -> None:
-        with self._writing(flushed=False) as storage:
+    def _write_next(self, *, patient: bool) -> bool:
+        """Write one; ``patient``: wait for another process that holds the file. Returns whether that was not so."""
+        with self._lock:
             if not self._unwritten:  # another thread has been quicker
-                return
-            key, size, job = self._unwritten.popleft()
+                return patient
+            key, size, job = self._unwritten[0]
+            began = time.monotonic()
+            try:
+                with self._writing(flushed=False, patient=patient) as storage:
+                    job(storage)
+            except Exception:  # it stays in memory
+                logger.debug("an entry could not be written", exc_info=True)
+            self._unwritten.popleft()
             self._unwritten_bytes -= size
             self._waiting[key] -= 1
             if not self._waiting[key]:
                 del self._waiting[key]
-            try:
-                job(storage)
-            except Exception:  # it stays in memory
-                logger.debug("an entry could not be written", exc_info=True)
+            return patient and time.monotonic() - began < BUSY_MS / 1000
 
-    def _insert(self, key: bytes, stored: Stored, replaced: list[Stored], since: float, storage: SqliteStorage) -> None:
-        if self._others_have_written() and (
-            noted(self._connected, key, stored.entry.identity, since) or self._is_outdone(storage, key, stored)
-        ):
+    def _insert(
+        self, stored: Stored, replaced: list[Stored], since: float, version: int, storage: SqliteStorage
+    ) -> None:
+        key, identity = cache_key(stored.entry.url), stored.entry.identity
+        if self._others_have_written(version) and self._is_outdone(storage, key, stored, replaced):
+            for old in replaced:
+                self._delete(storage, old)
             return
         request, response = to_hishel(stored.entry, self._sealing)
         created = storage.create_entry(request, response, key.hex())
@@ -270,11 +300,15 @@ class Store:
         stored.row = created.id
         for old in replaced:
             self._delete(storage, old)
+        if noted(self._connected, key, identity, since):  # not before: it may be written to while we write
+            self._delete(storage, stored)
 
-    def _is_outdone(self, storage: SqliteStorage, key: bytes, stored: Stored) -> bool:
+    def _is_outdone(self, storage: SqliteStorage, key: bytes, stored: Stored, replaced: list[Stored]) -> bool:
         """Whether another process of the runner has stored the same, or newer, meanwhile; what is older is removed."""
-        now = time.time()
+        now, ours = time.time(), {old.row for old in replaced}
         for row in storage.get_entries(key.hex()):
+            if row.id in ours:
+                continue
             try:
                 theirs = from_hishel(row, self._sealing)
             except (KeyError, ValueError, Rejected, RuntimeError, sqlite3.Error):
@@ -284,6 +318,8 @@ class Store:
             newer = stored.entry.age(now) - theirs.age(now)
             if theirs.digest == stored.entry.digest and abs(newer) <= SAME_AGE:
                 stored.row = row.id
+                if theirs.headers != stored.entry.headers:
+                    storage.update_headers(row.id, fields_at_rest(stored.entry, self._sealing))
                 return True
             if newer > 0:
                 return True
@@ -365,10 +401,16 @@ class Store:
                 self._move_aside()
             return []
 
-    def _others_have_written(self) -> bool:
-        """Whether another process has written since memory was emptied for that the last time."""
-        (version,) = self._connected.execute("PRAGMA data_version").fetchone()
-        return bool(version != self._version)
+    def _is_void(self, key: bytes, identity: str, since: float) -> bool:
+        """Whether a key was written to, or an identity refused, after ``since``, as any process of the runner knows."""
+        try:
+            return self._tombstones.void(key, identity, since) or noted(self._connected, key, identity, since)
+        except sqlite3.Error:
+            return False
+
+    def _others_have_written(self, version: int) -> bool:
+        """Whether another process has written since the file was of this ``data_version``."""
+        return bool(self._connected.execute("PRAGMA data_version").fetchone()[0] != version)
 
     @property
     def _connected(self) -> sqlite3.Connection:
@@ -377,15 +419,19 @@ class Store:
         return self._connection
 
     @contextlib.contextmanager
-    def _writing(self, *, flushed: bool = True) -> Iterator[SqliteStorage]:
+    def _writing(self, *, flushed: bool = True, patient: bool = True) -> Iterator[SqliteStorage]:
         with self._lock:
             if flushed:
                 self.flush()
             storage, _at_work.store = self._open(), self
+            if not patient:
+                self._connected.execute("PRAGMA busy_timeout=0")
             try:
                 yield storage
             finally:
                 _at_work.store = None
+                if not patient:
+                    self._connected.execute(f"PRAGMA busy_timeout={BUSY_MS}")
 
     def _forget(self) -> None:
         self._memory.clear()
@@ -419,7 +465,8 @@ class Store:
             return self._storage
 
     def _use(self, connection: sqlite3.Connection) -> None:
-        storage = SqliteStorage(connection=connection, max_size=self._max_size or None)  # 0: no limit
+        storage = SqliteStorage(max_size=self._max_size or None)  # 0: no limit
+        storage.connection = connection  # given at once it would be tried out by a thread, of which there may be none
         try:
             (pages,) = connection.execute("PRAGMA page_count").fetchone()  # a damaged file shows itself here, or below
             if pages <= CHECKED_PAGES and connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
@@ -472,6 +519,7 @@ class Store:
     def _after_fork(self, *, child: bool) -> None:
         if child:
             self._new_lock()
+            self._no_more = threading.Event()
             self._unwritten_bytes = 0
             self._unwritten.clear()  # it is the parent's, if it could not be written
             self._waiting.clear()
@@ -482,22 +530,32 @@ class Store:
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
 _forking: list[Store] = []
+_fork_lock = threading.Lock()
 
 
 def _before_fork() -> None:
+    _fork_lock.acquire()  # one thread at a time: those of another would be let go of by this one
     for store in list(_stores):
         _forking.append(store)
         store._before_fork()
 
 
 def _after_fork(*, child: bool) -> None:
+    global _fork_lock
     while _forking:
         _forking.pop()._after_fork(child=child)
+    if child:
+        _fork_lock = threading.Lock()
+    else:
+        _fork_lock.release()
 
 
 def _flush_all() -> None:
     for store in list(_stores):
-        store.flush()
+        try:
+            store.flush()
+        except Exception:
+            logger.debug("what was saved last could not be written", exc_info=True)
 
 
 atexit.register(_flush_all)

@@ -35,7 +35,7 @@ class Tombstones:
     def bury(self, connection: sqlite3.Connection, keys: list[bytes], identity: str, now: float) -> None:
         """What of these keys was asked for before ``now`` is void, here and in other processes that still write it."""
         for key in keys:
-            self._since[key, identity] = now
+            self._since[key, identity] = max(now, self._since.get((key, identity), now))
             self._since.move_to_end((key, identity))
         while next(iter(self._since.values())) < now - TOMBSTONE_SECONDS or len(self._since) > MAX_TOMBSTONES:
             self._since.popitem(last=False)
@@ -44,7 +44,11 @@ class Tombstones:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute("DELETE FROM tombstones WHERE since < ?", (now - TOMBSTONE_SECONDS,))
                 rows = [(key, identity, now) for key in keys]
-                connection.executemany("INSERT OR REPLACE INTO tombstones VALUES (?, ?, ?)", rows)
+                connection.executemany(
+                    "INSERT INTO tombstones VALUES (?, ?, ?)"
+                    " ON CONFLICT DO UPDATE SET since = max(since, excluded.since)",
+                    rows,
+                )
         except sqlite3.Error:
             logger.debug("a removal could not be noted for other processes", exc_info=True)
 

@@ -16,6 +16,7 @@ from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.node.protocol import (
     ANSWERS,
+    FRAME_OVERHEAD,
     Acquainted,
     Answering,
     Ask,
@@ -40,6 +41,7 @@ logger = logging.getLogger("httpx_p2pcache")
 
 WRITE_SECONDS = 5.0  # a peer that does not read for so long is gone
 USES = (Ask, Publish, Push, Found, Granted, Nothing, Published)
+FRAMES_AT_ONCE = 32  # of one peer's, after which all else has a turn
 CALLS_AT_ONCE = 128  # of one peer's that we work on at a time; more wait in its stream
 
 
@@ -54,6 +56,7 @@ class Link:
         self.keyring = keyring  # of the secret that both hold
         self._limit = limit
         self._writing = Lock()
+        self._room: Callable[[], int] = getattr(stream, "room", lambda: 0)
         self._calls = itertools.count(1)
         self._pending: dict[int, Pending] = {}
         self.peer_id = peer_id
@@ -132,7 +135,10 @@ class Link:
 
         async def work(message: Message) -> None:
             try:
-                await handle(self, message)
+                if isinstance(message, Ping):
+                    await self.send(Done(message.call))
+                else:
+                    await handle(self, message)
             except Exception as exc:  # most often it left before it could be answered
                 logger.debug("a member's %s was not served: %r", type(message).__name__, exc)
             finally:
@@ -140,7 +146,9 @@ class Link:
 
         async with trio.open_nursery() as nursery:
             try:
-                while True:
+                for number in itertools.count(1):
+                    if number % FRAMES_AT_ONCE == 0:  # others have work to do as well
+                        await trio.lowlevel.checkpoint()
                     body = await read_frame(self._stream, self._limit)
                     self.received += len(body)
                     self.last = time.monotonic()
@@ -150,14 +158,16 @@ class Link:
                         self.used = self.heard
                     if isinstance(message, ANSWERS) and self._answered(message):
                         continue
-                    if isinstance(message, Ping):  # answered whatever else is under way
+                    # Only a reader gives the peer's windows back: two that waited here to write would wait for ever.
+                    roomy = self._writing.free() and self._room() >= FRAME_OVERHEAD
+                    if isinstance(message, Ping) and roomy:  # answered whatever else is under way
                         await self.send(Done(message.call))
                         continue
                     if isinstance(message, (Introduce, Acquainted)):  # what is said after it depends on it
                         await handle(self, message)
                         continue
                     await at_work.acquire()
-                    if at_once(message):
+                    if roomy and at_once(message):
                         await work(message)
                     else:
                         nursery.start_soon(work, message)

@@ -52,17 +52,22 @@ class Shelf:
         )
 
     async def load(self, key: bytes) -> list[Stored]:
+        held = self._at_hand(key)
+        return held if held is not None else await self._fleet.in_worker(partial(self._fleet.store.load, key))
+
+    def _at_hand(self, key: bytes) -> list[Stored] | None:
+        """What is held of a key, if that can be found out without waiting."""
         store = self._fleet.store
-        with store.soon() as free:
-            if free:
-                return store.load(key)
-        return await self._fleet.in_worker(partial(store.load, key))
+        held = store.peek(key)
+        if held is None:
+            with store.soon(key) as free:
+                held = store.load(key) if free else None
+        return held
 
     def is_light(self, key: bytes) -> bool:
         """Whether all that is held of a key can be looked at, sealed and sent in a moment."""
-        store = self._fleet.store
-        with store.soon() as free:
-            return free and sum(len(stored.entry.body) for stored in store.load(key)) <= LARGE
+        held = self._at_hand(key)
+        return held is not None and sum(len(stored.entry.body) for stored in held) <= LARGE
 
     def sealed(self, stored: Stored, question: Question, keyring: Keyring) -> bytes:
         return self.seal(stored, keyring, light=stored.entry.digest == question.holds)
@@ -113,7 +118,7 @@ class Shelf:
         fleet.stats.add("received")
         # Its age is counted from when the origin was asked: what was written since then makes it void.
         since = now - entry.initial_age
-        with fleet.store.soon() as free:
+        with fleet.store.soon(key, len(entry.body)) as free:
             if free and fleet.store.behind:
                 return fleet.store.save(entry, since=since)
         return await fleet.in_worker(partial(fleet.store.save, entry, since=since))

@@ -11,6 +11,7 @@ What goes over the wire is the same: Noise, and Yamux (https://github.com/hashic
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from typing import Any
@@ -18,12 +19,22 @@ from typing import Any
 import trio
 from libp2p.io.exceptions import ConnectionClosedError
 from libp2p.stream_muxer.exceptions import MuxedStreamError
-from libp2p.stream_muxer.yamux.yamux import HEADER_SIZE, TYPE_DATA, TYPE_WINDOW_UPDATE, YAMUX_HEADER_FORMAT, Yamux
+from libp2p.stream_muxer.yamux.yamux import (
+    DEFAULT_WINDOW_SIZE,
+    FLAG_SYN,
+    HEADER_SIZE,
+    TYPE_DATA,
+    TYPE_GO_AWAY,
+    TYPE_WINDOW_UPDATE,
+    YAMUX_HEADER_FORMAT,
+    Yamux,
+)
 
 CHUNK = 64 * 1024  # bytes read at once: what is small comes many at a time
 ACKNOWLEDGED_AT_ONCE = 64 * 1024  # bytes: a quarter of a stream's first window
 MAX_PAYLOAD = 65535 - 16 - HEADER_SIZE  # bytes of a frame that fills one message of Noise
 LOOK_SECONDS = 0.05  # between two looks whether a window has been widened in a way that wakes nobody, or a stream ended
+LAST_WORDS_SECONDS = 0.5  # in which all streams are read to their end when the peer ends the connection
 _HEADER = struct.Struct(YAMUX_HEADER_FORMAT)
 
 
@@ -32,6 +43,9 @@ class Lock:
 
     def __init__(self) -> None:
         self._free = trio.Semaphore(1)
+
+    def free(self) -> bool:
+        return self._free.value > 0
 
     def acquire_at_once(self) -> bool:
         try:
@@ -89,11 +103,9 @@ class Direct:
         """All of ``data``; no turn of the scheduler if the kernel takes it at once."""
         async with self._writing:
             sent, descriptor = 0, self._inner.stream.socket.fileno()
-            if descriptor >= 0:  # else it is closed
-                try:
+            if descriptor >= 0 and os.name == "posix":  # else it is closed; elsewhere a socket is no file
+                with contextlib.suppress(OSError):  # it is full, or broken
                     sent = os.write(descriptor, data)
-                except OSError:  # it is full, or broken, or this system does not write to sockets so
-                    sent = 0
             if sent < len(data):
                 await self._inner.write(data[sent:])
 
@@ -107,6 +119,8 @@ class Muxer(Yamux):  # type: ignore[misc] # py-libp2p is not typed for mypy
     def __init__(self, made: Yamux) -> None:
         secured = made.secured_conn
         super().__init__(secured, made.peer_id, is_initiator=made.is_initiator, on_close=made.on_close)
+        for name in ("negotiated_muxer_protocol", "negotiated_security_protocol"):
+            setattr(self, name, getattr(made, name, None))
         self.secured_conn: Any = Sieve(secured, self)
         self._write_lock: Any = Lock()
         self.streams_lock: Any = Lock()
@@ -133,9 +147,12 @@ class Sieve:
     async def read(self, n: int) -> bytes:
         """At most ``n`` bytes of the next frame that is none of the two: first its header, then what it announces."""
         if self._passed:
-            taken = await self._take(min(n, self._passed))
-            self._passed -= len(taken)
-            return taken
+            whole = bytearray()  # Yamux gives up on what comes in more than a hundred pieces
+            while self._passed and len(whole) < n:
+                taken = await self._take(min(n - len(whole), self._passed))
+                self._passed -= len(taken)
+                whole += taken
+            return bytes(whole)
         while True:
             while self._left:
                 data = await self._take(self._left)
@@ -145,7 +162,13 @@ class Sieve:
                 await self._more()
             _, kind, flags, number, length = _HEADER.unpack_from(self._plain)
             stream = self._muxer.streams.get(number)
+            window = stream.recv_window if stream is not None else DEFAULT_WINDOW_SIZE if flags & FLAG_SYN else length
+            if kind == TYPE_DATA and length > window:
+                raise ConnectionClosedError("the peer has sent more than it may")
             if stream is None or flags or kind not in (TYPE_DATA, TYPE_WINDOW_UPDATE):
+                if kind == TYPE_GO_AWAY:
+                    await self._all_read()
+                await trio.lowlevel.checkpoint()  # what has to be answered is answered in turn with all else
                 self._passed = length if kind == TYPE_DATA else 0
                 return await self._take(HEADER_SIZE)
             del self._plain[:HEADER_SIZE]
@@ -153,10 +176,14 @@ class Sieve:
                 stream.send_window += length
                 self._muxer.widened.set()
                 self._muxer.widened = trio.Event()
-            elif length > stream.recv_window:
-                raise ConnectionClosedError("the peer has sent more than it may")
             else:
                 self._stream, self._left = number, length
+
+    async def _all_read(self) -> None:
+        """What was said before the end of a connection is heard before Yamux throws it away."""
+        with trio.move_on_after(LAST_WORDS_SECONDS):
+            while any(self._muxer.stream_buffers.values()):  # noqa: ASYNC110 - py-libp2p's streams tell nobody
+                await trio.sleep(0.001)
 
     async def _take(self, n: int) -> bytes:
         """At most ``n`` bytes, as soon as there are any."""
@@ -216,6 +243,10 @@ class Stream:
             due, self._read = self._read, 0
             await muxed._auto_tune_and_send_window_update(bytes_read=due)
         return taken
+
+    def room(self) -> int:
+        """How many bytes can be written without waiting for the peer to read."""
+        return 0 if self._muxed.closed else int(self._muxed.send_window)
 
     async def write(self, data: bytes) -> None:
         """All of ``data``; waits only for the peer's window, and for the kernel. One task at a time writes."""

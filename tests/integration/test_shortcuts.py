@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("libp2p")
 
 import trio
+import trio.lowlevel
 import trio.testing
 from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
@@ -20,12 +22,24 @@ from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport
-from libp2p.stream_muxer.yamux.yamux import MAX_WINDOW_SIZE, Yamux
+from libp2p.stream_muxer.yamux.yamux import (
+    FLAG_ACK,
+    FLAG_FIN,
+    FLAG_SYN,
+    MAX_WINDOW_SIZE,
+    TYPE_DATA,
+    TYPE_PING,
+    YAMUX_HEADER_FORMAT,
+    Yamux,
+)
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from multiaddr import Multiaddr
 
+from httpx_p2pcache.entries import Keyring
+from httpx_p2pcache.network import Question
 from httpx_p2pcache.node.host import Host
-from httpx_p2pcache.node.protocol import PROTOCOL_ID
+from httpx_p2pcache.node.members import Link
+from httpx_p2pcache.node.protocol import PROTOCOL_ID, Ask, Found
 from httpx_p2pcache.node.shortcuts import Muxer, Sieve, Stream
 
 pytestmark = pytest.mark.p2p
@@ -223,6 +237,111 @@ def test_what_was_sent_before_the_end_of_a_stream_is_read() -> None:
             assert await read(stream, 10) == b"last words"
             with pytest.raises(Exception):  # noqa: B017
                 assert await stream.read(1)
+
+    play(scene)
+
+
+def test_last_words_before_the_end_of_a_connection_are_heard() -> None:
+    async def scene() -> None:
+        async def serve(stream: Any) -> None:
+            await stream.read(1)
+            await stream.write(b"last words")
+            await stream.muxed_conn.close()
+
+        for _ in range(5):
+            async with pair(serve) as (_, connect):
+                stream = await connect()
+                await stream.write(b"x")
+                assert await read(stream, 10) == b"last words"
+
+    play(scene)
+
+
+@pytest.mark.parametrize("flags", [FLAG_ACK, FLAG_FIN, FLAG_SYN])
+def test_no_flag_lets_a_peer_send_more_than_the_window(flags: int) -> None:
+    async def scene() -> None:
+        async def sleep(_: Any) -> None:
+            await trio.sleep_forever()
+
+        async with pair(sleep, ours="listener") as (bad, connect):
+            muxed = (await connect()).muxed_stream
+            (connection,) = bad.get_network().get_connections()
+            with contextlib.suppress(Exception):
+                for number in range(2 * MAX_WINDOW_SIZE // WINDOW):
+                    # As a new stream it may be no longer than the first window.
+                    id_, size = (1001 + 2 * number, WINDOW + 1) if flags & FLAG_SYN else (muxed.stream_id, WINDOW)
+                    header = struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_DATA, flags, id_, size)
+                    await muxed.conn._write_frame(header + bytes(size))
+            await connection.muxed_conn.event_closed.wait()
+
+    play(scene)
+
+
+@pytest.mark.parametrize("kind", ["ping", "syn"])
+def test_who_has_to_be_answered_again_and_again_holds_up_nobody_else(kind: str) -> None:
+    """A message of Noise holds five thousand such frames: all else has its turns between them."""
+
+    async def scene() -> None:
+        flooded, over = trio.Event(), trio.Event()
+
+        async def serve(stream: Any) -> None:
+            flooded.set()
+            await stream.read(1)
+            over.set()
+
+        async with pair(serve, ours="listener") as (_, connect):
+            stream = await connect()
+            await flooded.wait()
+            type_, id_ = (TYPE_PING, 0) if kind == "ping" else (TYPE_DATA, stream.muxed_stream.stream_id)
+            flood = struct.pack(YAMUX_HEADER_FORMAT, 0, type_, FLAG_SYN, id_, 0) * 5000
+            turns = 0
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.muxed_conn._write_frame, flood)
+                nursery.start_soon(stream.write, b"x")
+                while not over.is_set():
+                    await trio.lowlevel.checkpoint()
+                    turns += 1
+            assert turns > 4000
+
+    play(scene)
+
+
+def test_two_members_that_ask_each_other_for_more_than_a_window_are_both_answered() -> None:
+    """What is handled at once, in the reader's turn, must not wait for the other's reader."""
+    question = Question(key=bytes(32), claim=bytes(16), method="GET", identity="", selecting={})
+    count, size = 120, 60_000
+
+    async def scene() -> None:
+        async def handle(link: Link, message: Any) -> None:
+            await link.send(Found(message.call, bytes(size), 0.0))
+
+        there: list[Any] = []
+        come = trio.Event()
+
+        async def serve(stream: Any) -> None:
+            there.append(stream)
+            come.set()
+            await trio.sleep_forever()
+
+        async with pair(serve) as (host, connect), trio.open_nursery() as nursery:
+            stream = await connect()
+            await come.wait()
+            keyring = Keyring(b"secret", "fleet")
+            links = [Link(one, host.id, keyring, 10 * size) for one in (stream, there[0])]
+            for link in links:
+                nursery.start_soon(link.serve, handle, lambda message: isinstance(message, Ask))
+            answered = []
+
+            async def ask(link: Link) -> None:
+                answered.append(await link.call(lambda number: Ask(number, question), SECONDS))
+
+            async with trio.open_nursery() as asking:
+                for _ in range(count):
+                    for link in links:
+                        asking.start_soon(ask, link)
+            assert len(answered) == 2 * count
+            assert not any(link.closed.is_set() for link in links)
+            nursery.cancel_scope.cancel()
 
     play(scene)
 

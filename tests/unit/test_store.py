@@ -679,11 +679,16 @@ def test_what_is_taken_away_is_not_written_later(apart: tuple[Store, Store], how
     assert other.size()[0] == 0
 
 
-def test_a_write_of_another_process_makes_void_what_is_unwritten_here(apart: tuple[Store, Store]) -> None:
+@pytest.mark.parametrize("look", [None, KEY, cache_key(URL + "?other")])
+def test_a_write_of_another_process_makes_void_what_is_unwritten_here(
+    apart: tuple[Store, Store], look: bytes | None
+) -> None:
     behind, other = apart
     saved(behind, received=time.time())
     kept = saved(behind, url=URL + "?other", received=time.time()).entry
     other.invalidate([KEY])
+    if look is not None:
+        behind.load(look)
     behind.flush()
     assert held(behind) == held(other) == []
     assert held(behind, cache_key(kept.url)) == held(other, cache_key(kept.url)) == [kept]
@@ -707,21 +712,135 @@ def test_what_two_processes_have_of_the_same_is_stored_once(apart: tuple[Store, 
     assert other.size()[0] == 1
 
 
+@pytest.mark.parametrize("look", [False, True])
 @pytest.mark.parametrize("ours", [-60, 60])
-def test_of_what_two_processes_have_of_one_place_the_newer_is_stored(apart: tuple[Store, Store], ours: int) -> None:
+def test_of_what_two_processes_have_of_one_place_the_newer_is_stored(
+    apart: tuple[Store, Store], ours: int, look: bool
+) -> None:
     behind, other = apart
     now = time.time() - 1000
     saved(behind, received=now + ours, body=b"%d" % ours)
     saved(other, received=now, body=b"0")
+    if look:
+        behind.load(cache_key(URL + "?other"))
     behind.flush()
     assert [entry.body for entry in held(behind)] == [b"%d" % max(ours, 0)]
     assert other.size()[0] == 1
 
 
+def test_of_what_another_process_has_as_well_the_fields_are_those_that_came_last(apart: tuple[Store, Store]) -> None:
+    behind, other = apart
+    entry = an_entry(received=time.time(), headers={"cache-control": ["max-age=3600"]})
+    other.save(entry)
+    newer = msgspec.structs.replace(entry, received=entry.received + 0.3, headers={"cache-control": ["max-age=1"]})
+    behind.save(newer)
+    saved(other, url=URL + "?other")
+    behind.flush()
+    assert [one.headers for one in held(other)] == [newer.headers]
+    assert other.size()[0] == 2
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_what_was_on_its_way_while_another_process_wrote_is_not_stored(tmp_path: Path, behind: bool) -> None:
+    a, b = open_store(tmp_path / "store", behind=behind), open_store(tmp_path / "store")
+    asked = time.time()
+    b.invalidate([KEY])
+    assert a.save(an_entry(received=time.time()), since=asked) is None
+    assert held(a) == held(b) == []
+    stored = saved(a, received=time.time())
+    a.flush()
+    asked = time.time()
+    b.invalidate([KEY])
+    assert a.refresh(stored, stored.entry, since=asked) is None
+    assert held(a) == held(b) == []
+    a.close()
+    b.close()
+
+
+def test_a_304_for_what_was_replaced_meanwhile_is_for_one_answer(store: Store) -> None:
+    old = saved(store, body=b"old")
+    new = saved(store, body=b"new").entry
+    assert store.refresh(old, old.entry, since=time.time()) is None
+    assert held(store) == [new]
+
+
+def test_a_304_for_what_was_evicted_meanwhile_stores_it_anew(store: Store) -> None:
+    stored = saved(store)
+    store.remove(KEY, [stored])
+    assert store.refresh(stored, stored.entry, since=time.time()) is not None
+    assert held(store) == [stored.entry]
+
+
+def test_a_later_write_is_not_forgotten_for_an_earlier_one(two: tuple[Store, Store]) -> None:
+    a, b = two
+    now = time.time()
+    for since in (now + 200, now + 100):
+        a.refuse(KEY, ME, since=since)
+    for store in two:
+        assert store.save(an_entry(identity=ME, received=now + 150)) is None
+    assert b.save(an_entry(identity=ME, received=now + 250)) is not None
+
+
+def test_a_file_that_somebody_holds_is_waited_for_once_however_much_is_unwritten(tmp_path: Path) -> None:
+    behind = open_store(tmp_path / "store", behind=True)
+    behind.load(KEY)
+    holder = sqlite3.connect(tmp_path / "store" / DATABASE, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    for number in range(20):
+        saved(behind, url=f"{URL}?{number}")
+    began = time.monotonic()
+    behind.close()
+    assert time.monotonic() - began < 5.0  # each of them alone may wait for a second
+    holder.close()
+
+
+def test_flush_waits_for_what_another_thread_is_writing(apart: tuple[Store, Store]) -> None:
+    behind, other = apart
+    begun, go = threading.Event(), threading.Event()
+    insert = behind._insert
+
+    def slowly(*arguments: object) -> None:
+        begun.set()
+        assert go.wait(10)
+        insert(*arguments)  # type: ignore[arg-type] # whatever it is given
+
+    behind._insert = slowly  # type: ignore[method-assign] # a disk that takes its time
+    entry = saved(behind).entry
+    writing = threading.Thread(target=behind.flush)
+    writing.start()
+    assert begun.wait(10)
+    threading.Timer(0.2, go.set).start()
+    behind.flush()
+    assert held(other) == [entry]
+    writing.join()
+
+
+def test_without_another_thread_it_is_written_at_once(
+    apart: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    behind, other = apart
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    entry = saved(behind).entry
+    assert held(other) == [entry]
+    fresh = open_store(behind.directory)
+    assert held(fresh) == [entry]
+    assert [path.name for path in behind.directory.iterdir() if "damaged" in path.name] == []
+    fresh.close()
+
+
+def test_nothing_is_invalidated_by_no_keys(store: Store) -> None:
+    entry = saved(store).entry
+    store.invalidate([])
+    assert held(store) == [entry]
+
+
 def test_who_brings_more_than_may_be_unwritten_waits_for_the_disk(
     apart: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MAX_UNWRITTEN", 1000)
+    monkeypatch.setattr(store_module, "MAX_UNWRITTEN", 4000)
     behind, other = apart
     saved(behind, body=bytes(900))
     assert held(other) == []
@@ -787,6 +906,30 @@ print(json.dumps([seen, store.size()[0]]))
 """,
     )
     assert seen == [2, 3]
+
+
+@forks
+def test_threads_that_fork_at_the_same_time_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    codes = in_another_process(
+        tmp_path,
+        """
+codes = []
+def fork():
+    for _ in range(15):
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+store.save(an_entry())
+threads = [threading.Thread(target=fork, daemon=True) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join(10)
+print(json.dumps([len(codes), sum(codes)]))
+""",
+    )
+    assert codes == [45, 0]
 
 
 # The runner's own secret
