@@ -181,8 +181,9 @@ class Sieve:
 
     async def _all_read(self) -> None:
         """What was said before the end of a connection is heard before Yamux throws it away."""
+        streams, buffers = self._muxer.streams, self._muxer.stream_buffers
         with trio.move_on_after(LAST_WORDS_SECONDS):
-            while any(self._muxer.stream_buffers.values()):  # noqa: ASYNC110 - py-libp2p's streams tell nobody
+            while any(not one.closed and buffers.get(number) for number, one in streams.items()):  # noqa: ASYNC110 - py-libp2p's streams tell nobody
                 await trio.sleep(0.001)
 
     async def _take(self, n: int) -> bytes:

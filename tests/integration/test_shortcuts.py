@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -74,7 +75,12 @@ async def plain_host(serve: Serve) -> AsyncIterator[tuple[Any, str]]:
     host: Any = new_host(key_pair=key_pair, sec_opt={NOISE: noise}, muxer_opt={TProtocol(YAMUX): Yamux})
     host.set_stream_handler(TProtocol(PROTOCOL_ID), serve)
     async with host.run([Multiaddr("/ip4/127.0.0.1/tcp/0")]):
-        yield host, str(host.get_addrs()[0])
+        try:
+            yield host, str(host.get_addrs()[0])
+        finally:  # left to itself it leaves its sockets open
+            with trio.CancelScope(shield=True):
+                for peer_id in list(host.get_network().connections):
+                    await host.disconnect(peer_id)
 
 
 @contextlib.asynccontextmanager
@@ -109,6 +115,7 @@ def play(scene: Callable[[], Awaitable[None]]) -> None:
             await scene()
 
     trio.run(in_time)
+    gc.collect()  # a socket that was left open is this test's, not the next one's
 
 
 def test_both_ends_of_a_connection_multiplex_by_the_shorter_ways() -> None:
