@@ -10,6 +10,8 @@ HAR ?=
 OWN_TOKENS ?=
 
 SHELL := /bin/bash
+# Images for containers like to set it: every process of the demo and of the tests would compile libp2p anew.
+unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test simulate fuzz mutants docs coverage lint typecheck bench soak lock clean
 

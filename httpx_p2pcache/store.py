@@ -1,7 +1,8 @@
 """The runner's store: a memory layer over hishel's SQLite file, shared by every process of the runner.
 
-The memory layer holds what was read or written last, decoded and with its decisions prepared. It is valid only while
-SQLite's ``data_version`` is unchanged, which says in 4 µs whether another process has written; then it is emptied.
+The memory layer holds what was read or written last, decoded and with its decisions prepared. It is valid while
+SQLite's ``data_version`` is unchanged, which says in 4 µs whether another process has written. If one has, a key is
+valid where its rows are still those that were loaded, which is asked once for each key and takes a tenth of loading it.
 
 What adds is in memory at once. In a process with a node, which tells all others by itself (``behind``), a thread writes
 it a moment later, so that no caller waits for the disk; what takes away is written at once, after all that was to be
@@ -22,6 +23,7 @@ import uuid
 import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,16 @@ STOP_SECONDS = 0.5  # that close() waits for it to end, who has nothing left to 
 IDLE_SECONDS = 5.0  # after which a thread that has nothing to write ends
 _FILE = "p2pcache-v1.db"
 SAME_AGE = 1.0  # seconds by which the age of one entry may differ between two processes of the runner
+
+
+@dataclass
+class _Remembered:
+    """What memory holds for a key: valid in this version of the file, and later as long as these are its rows."""
+
+    __slots__ = ("found", "rows", "version")
+    found: list[Stored]
+    version: int
+    rows: list[tuple[bytes, int]] | None
 
 
 class Store:
@@ -88,8 +100,8 @@ class Store:
         self._new_lock()
         self._storage: SqliteStorage | None = None
         self._connection: sqlite3.Connection | None = None
-        self._version = -1
-        self._memory: OrderedDict[bytes, list[Stored]] = OrderedDict()
+        self._version = -1  # of the file, when it was looked at last
+        self._memory: OrderedDict[bytes, _Remembered] = OrderedDict()
         self._memory_bytes = 0
         self._tombstones = Tombstones()
         self.complained = False
@@ -104,19 +116,29 @@ class Store:
             if connection is None:
                 return None
             try:
-                (version,) = connection.execute("PRAGMA data_version").fetchone()
+                (self._version,) = connection.execute("PRAGMA data_version").fetchone()
+                remembered = self._memory.get(key)
+                if remembered is None or not self._is_valid(key, remembered):
+                    return None
             except sqlite3.Error:
                 return None
-            if version != self._version:
-                self._version = version
-                self._forget()
-                return None
-            found = self._memory.get(key)
-            if found is not None:
-                self._memory.move_to_end(key)
-            return found
+            self._memory.move_to_end(key)
+            return remembered.found
         finally:
             self._lock.release()
+
+    def _is_valid(self, key: bytes, remembered: _Remembered) -> bool:
+        """Whether what memory holds for a key is what the file holds. Raises ``sqlite3.Error``."""
+        if remembered.version != self._version:
+            if key in self._waiting or remembered.rows is None or remembered.rows != self._rows(key):
+                return False
+            remembered.version = self._version
+        return True
+
+    def _rows(self, key: bytes) -> list[tuple[bytes, int]]:
+        """A key's rows as they are now: their ids, and the hashes of what may change in them."""
+        sql = "SELECT id, data FROM entries WHERE cache_key = ? AND expires_at IS NULL"
+        return [(id_, hash(data)) for id_, data in self._connected.execute(sql, (key.hex().encode(),))]
 
     @contextlib.contextmanager
     def soon(self, key: bytes, size: int = 0) -> Iterator[bool]:
@@ -141,6 +163,9 @@ class Store:
             if key in self._waiting:
                 self.flush()
             storage, found = self._open(), []
+            rows: list[tuple[bytes, int]] | None = None
+            with contextlib.suppress(sqlite3.Error):  # hishel says so
+                rows = self._rows(key)  # first: what changes in between is found to have changed
             for row in storage.get_entries(key.hex()):
                 try:
                     entry = from_hishel(row, self._sealing)
@@ -153,7 +178,7 @@ class Store:
                         storage.remove_entry(row.id)
                     else:
                         found.append(self._prepared(entry, row.id, row.id))
-            self._remember(key, found)
+            self._remember(key, found, rows)
             return found
 
     def save(self, entry: Entry, *, since: float | None = None) -> Stored | None:
@@ -205,8 +230,7 @@ class Store:
         with self._writing() as storage:
             for stored in removed:
                 self._delete(storage, stored)
-            if key in self._memory:
-                self._remember(key, [s for s in self._memory[key] if not any(s.is_same(one) for one in removed)])
+            self._forget(key)
 
     def invalidate(self, keys: list[bytes]) -> None:
         """Remove every entry of these keys, whoever's (RFC 9111 §4.4), and refuse older ones that still arrive."""
@@ -348,7 +372,7 @@ class Store:
                 )
             except sqlite3.Error as exc:
                 raise OSError(str(exc)) from exc
-            self._forget()
+            self._forget_all()
             return entries
 
     def keys(self, limit: int) -> list[bytes]:
@@ -389,7 +413,7 @@ class Store:
             self._storage.close()
         self._storage = self._connection = None
         self._version = -1
-        self._forget()
+        self._forget_all()
 
     def _select(self, sql: str, parameters: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
         """Rows of our own query; none if the file turns out to be damaged, which is then moved aside."""
@@ -433,20 +457,24 @@ class Store:
                 if not patient:
                     self._connected.execute(f"PRAGMA busy_timeout={BUSY_MS}")
 
-    def _forget(self) -> None:
+    def _forget(self, key: bytes) -> None:
+        if key in self._memory:
+            self._memory_bytes -= _size(self._memory.pop(key).found)
+
+    def _forget_all(self) -> None:
         self._memory.clear()
         self._memory_bytes = 0
 
     def _prepared(self, entry: Entry, id_: uuid.UUID, row: uuid.UUID | None = None) -> Stored:
         return Stored(id_, entry, self._default_ttl, self._any_coding(entry.url), row)
 
-    def _remember(self, key: bytes, found: list[Stored]) -> None:
-        if key in self._memory:
-            self._memory_bytes -= _size(self._memory.pop(key))
-        self._memory[key] = found
+    def _remember(self, key: bytes, found: list[Stored], rows: list[tuple[bytes, int]] | None = None) -> None:
+        """Keep what a key has now; ``rows``: as it was loaded from them. Without them the next load finds them out."""
+        self._forget(key)
+        self._memory[key] = _Remembered(found, self._version, rows)
         self._memory_bytes += _size(found)
         while self._memory_bytes > MEMORY_BYTES and len(self._memory) > 1:
-            self._memory_bytes -= _size(self._memory.popitem(last=False)[1])
+            self._forget(next(iter(self._memory)))
 
     def _open(self) -> SqliteStorage:
         with self._lock:

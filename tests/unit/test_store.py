@@ -27,6 +27,8 @@ from httpx_p2pcache.files import local_secret
 from httpx_p2pcache.store import Store
 
 KEY = cache_key(URL)
+OTHER_URL = "https://b.test/other"
+OTHER_KEY = cache_key(OTHER_URL)
 ME, YOU = "a" * 32, "b" * 32
 DATABASE = "p2pcache-v1.db"
 
@@ -145,6 +147,42 @@ def test_memory_answers_for_what_was_saved_or_loaded(two: tuple[Store, Store]) -
     assert b.peek(KEY) is None
     b.load(KEY)
     assert [stored.entry for stored in b.peek(KEY) or ()] == [entry]
+
+
+def test_memory_is_kept_when_another_store_has_written_something_else(two: tuple[Store, Store]) -> None:
+    a, b = two
+    saved(a)
+    before = [a.load(KEY), a.load(OTHER_KEY)]
+    saved(b, url="https://b.test/")
+    assert a.peek(KEY) is None  # as it was saved, but never loaded
+    before[0] = a.load(KEY)
+    for number in range(3):
+        saved(b, url=f"https://b.test/{number}")
+        assert a.peek(KEY) is before[0]
+        assert a.peek(OTHER_KEY) is before[1]
+    saved(b, url=OTHER_URL)
+    assert a.peek(OTHER_KEY) is None
+    assert [stored.entry.url for stored in a.load(OTHER_KEY)] == [OTHER_URL]
+
+
+def test_memory_is_given_up_when_another_store_has_renewed_an_entry(two: tuple[Store, Store]) -> None:
+    a, b = two
+    entry = saved(a).entry
+    saved(b, url="https://b.test/")
+    a.load(KEY)
+    renewed = msgspec.structs.replace(entry, received=entry.received + 1.0)
+    (theirs,) = b.load(KEY)
+    assert b.refresh(theirs, renewed, since=renewed.received) is not None
+    assert held(a) == [renewed]
+
+
+def test_memory_is_given_up_when_another_store_has_removed_an_entry(two: tuple[Store, Store]) -> None:
+    a, b = two
+    saved(a)
+    saved(b, url="https://b.test/")
+    a.load(KEY)
+    b.remove(KEY, b.load(KEY))
+    assert held(a) == []
 
 
 def test_memory_is_given_up_when_another_store_has_written(two: tuple[Store, Store]) -> None:
