@@ -58,7 +58,7 @@ class CachingTransport:
 
     def _handle(self, request: Any) -> Any:
         asked = _asked(request)
-        answer = self._exchange.hit(asked)
+        answer = self._exchange.hit(asked, in_memory=False)
         if answer is None:
             way = self._exchange.way(asked, threading.get_ident(), _patience(request), background=True)
             answer = self._drive(way, request)

@@ -113,11 +113,15 @@ class Exchange:
         self.ledger = Ledger(self.settings.dir)
         self.ledger.follow(self.stats)
 
-    def hit(self, request: hishel.Request) -> Answer | None:
-        """The answer to a plain request that memory holds fresh: the hot path. Decides as the machine would."""
+    def hit(self, request: hishel.Request, *, in_memory: bool = True) -> Answer | None:
+        """The answer to a plain request for which something fresh is held: the hot path. Decides as the machine would.
+
+        ``in_memory``: the caller cannot wait for the disk.
+        """
         if request.method not in CACHEABLE or not SPECIAL.isdisjoint(request.headers):
             return None
-        found = self.store.peek(cache_key(request.url))
+        key = cache_key(request.url)
+        found = self.store.peek(key) if in_memory else self.store.load(key)
         seen = self.github.seen(request)
         best = self.fresh(seen, self.keyring.asker(seen), found) if found else None
         if best is None:

@@ -6,9 +6,8 @@ name no field can have, ``:p2pcache``, with the body's form, identity, initial a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import hishel
+import msgspec
 from hishel import Headers
 
 from httpx_p2pcache.entries import Entry, Keyring, body_digest, cache_key
@@ -32,30 +31,52 @@ def fields_at_rest(entry: Entry, sealing: Keyring | None) -> Headers:
     return Headers({**entry.headers, _META: meta})
 
 
-def from_hishel(row: hishel.Entry, sealing: Keyring | None) -> Entry:
-    """The entry of a row. Raises KeyError, ValueError or :class:`Rejected` for one that is not ours.
+class _Request(msgspec.Struct):
+    method: str
+    url: str
+    headers: dict[str, list[str]]
 
-    What hishel raises for one that is evicted meanwhile, RuntimeError or ``sqlite3.Error``, is passed on.
+
+class _Response(msgspec.Struct):
+    status_code: int
+    headers: dict[str, list[str]]
+
+
+class _Packed(msgspec.Struct):
+    """As hishel 2 packs what is in a row's ``data``."""
+
+    request: _Request
+    response: _Response
+
+
+_unpack = msgspec.msgpack.Decoder(_Packed).decode
+
+
+def from_row(data: bytes, body: bytes, sealing: Keyring | None) -> Entry:
+    """The entry of a row and its stream. Raises :class:`Rejected` for one that is not ours.
+
+    hishel's own way to it, through its models, takes four times as long.
     """
-    headers = {name: row.response.headers.get_list(name) or [] for name in row.response.headers}
-    form, identity, initial_age, received, voucher = headers.pop(_META)
-    if form != ("plain" if sealing is None else "sealed"):
-        raise Rejected("it was stored with another CACHE_ENCRYPT_AT_REST")
-    stream = row.response.stream
-    assert isinstance(stream, Iterator)
-    body = b"".join(stream)
-    if sealing is not None:
-        body = sealing.open(body, _AT_REST + cache_key(row.request.url))
-    return Entry(
-        method=row.request.method,
-        url=row.request.url,
-        identity=identity,
-        selecting=dict(row.request.headers),
-        status=row.response.status_code,
-        headers=headers,
-        body=body,
-        digest=body_digest(body),
-        initial_age=float(initial_age),
-        received=float(received),
-        voucher=bytes.fromhex(voucher),
-    )
+    try:
+        packed = _unpack(data)
+        request, response = packed.request, packed.response
+        form, identity, initial_age, received, voucher = response.headers.pop(_META)
+        if form != ("plain" if sealing is None else "sealed"):
+            raise Rejected("it was stored with another CACHE_ENCRYPT_AT_REST")
+        if sealing is not None:
+            body = sealing.open(body, _AT_REST + cache_key(request.url))
+        return Entry(
+            method=request.method,
+            url=request.url,
+            identity=identity,
+            selecting={name: ", ".join(lines) for name, lines in request.headers.items()},
+            status=response.status_code,
+            headers=response.headers,
+            body=body,
+            digest=body_digest(body),
+            initial_age=float(initial_age),
+            received=float(received),
+            voucher=bytes.fromhex(voucher),
+        )
+    except (KeyError, ValueError, msgspec.DecodeError) as exc:
+        raise Rejected("a row is not one of ours") from exc

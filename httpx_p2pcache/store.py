@@ -34,7 +34,7 @@ from httpx_p2pcache import tombstones
 from httpx_p2pcache.entries import Entry, Keyring, cache_key
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.files import private_directory, private_file
-from httpx_p2pcache.rows import fields_at_rest, from_hishel, to_hishel
+from httpx_p2pcache.rows import fields_at_rest, from_row, to_hishel
 from httpx_p2pcache.stored import Stored, same_place
 from httpx_p2pcache.tombstones import EVERYBODY, Tombstones, noted
 
@@ -50,8 +50,12 @@ UNWRITTEN_BYTES = 2048  # that one takes beside its body, more or less
 BETWEEN_SECONDS = 0.0002  # between two that are written
 STOP_SECONDS = 0.5  # that close() waits for it to end, who has nothing left to do
 IDLE_SECONDS = 5.0  # after which a thread that has nothing to write ends
+TOUCH_SECONDS = 60.0  # between two notes of when an entry was used: what is used longest ago is evicted first
 _FILE = "p2pcache-v1.db"
 SAME_AGE = 1.0  # seconds by which the age of one entry may differ between two processes of the runner
+
+
+_Row = tuple[bytes, bytes, int, float]  # id, data, number of chunks, when it was used
 
 
 @dataclass
@@ -130,15 +134,31 @@ class Store:
     def _is_valid(self, key: bytes, remembered: _Remembered) -> bool:
         """Whether what memory holds for a key is what the file holds. Raises ``sqlite3.Error``."""
         if remembered.version != self._version:
-            if key in self._waiting or remembered.rows is None or remembered.rows != self._rows(key):
+            if key in self._waiting or remembered.rows is None or remembered.rows != _states(self._rows(key)):
                 return False
             remembered.version = self._version
         return True
 
-    def _rows(self, key: bytes) -> list[tuple[bytes, int]]:
-        """A key's rows as they are now: their ids, and the hashes of what may change in them."""
-        sql = "SELECT id, data FROM entries WHERE cache_key = ? AND expires_at IS NULL"
-        return [(id_, hash(data)) for id_, data in self._connected.execute(sql, (key.hex().encode(),))]
+    def _rows(self, key: bytes) -> list[_Row]:
+        """A key's rows as they are now."""
+        sql = "SELECT id, data, chunk_count, last_accessed_at FROM entries WHERE cache_key = ? AND expires_at IS NULL"
+        return self._connected.execute(sql, (key.hex().encode(),)).fetchall()
+
+    def _entries(self, storage: SqliteStorage, rows: list[_Row]) -> Iterator[tuple[uuid.UUID, Entry]]:
+        """What rows hold, by their ids. What is not ours is removed, what is evicted meanwhile left out."""
+        now = time.time()
+        for row, data, count, used in rows:
+            id_ = uuid.UUID(bytes=row)
+            if now - used >= TOUCH_SECONDS:
+                self._touch(row, now)
+            sql = "SELECT chunk_data FROM streams WHERE entry_id = ? ORDER BY chunk_number"
+            chunks = [chunk for (chunk,) in self._connected.execute(sql, (row,))]
+            if len(chunks) != count:
+                continue
+            try:
+                yield id_, from_row(data, b"".join(chunks), self._sealing)
+            except Rejected:
+                storage.remove_entry(id_)
 
     @contextlib.contextmanager
     def soon(self, key: bytes, size: int = 0) -> Iterator[bool]:
@@ -163,23 +183,22 @@ class Store:
             if key in self._waiting:
                 self.flush()
             storage, found = self._open(), []
-            rows: list[tuple[bytes, int]] | None = None
-            with contextlib.suppress(sqlite3.Error):  # hishel says so
-                rows = self._rows(key)  # first: what changes in between is found to have changed
-            for row in storage.get_entries(key.hex()):
-                try:
-                    entry = from_hishel(row, self._sealing)
-                except (KeyError, ValueError, Rejected):  # not one of ours
-                    storage.remove_entry(row.id)
-                except (RuntimeError, sqlite3.Error):  # evicted under us
-                    continue
-                else:
+            try:
+                rows = self._rows(key)
+                for id_, entry in self._entries(storage, rows):
                     if self._tombstones.void(key, entry.identity, entry.received):
-                        storage.remove_entry(row.id)
+                        storage.remove_entry(id_)
                     else:
-                        found.append(self._prepared(entry, row.id, row.id))
-            self._remember(key, found, rows)
+                        found.append(self._prepared(entry, id_, id_))
+            except sqlite3.Error:
+                logger.debug("the store could not be read", exc_info=True)
+                return []
+            self._remember(key, found, _states(rows))
             return found
+
+    def _touch(self, row: bytes, now: float) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            self._connected.execute("UPDATE entries SET last_accessed_at = ? WHERE id = ?", (now, row))
 
     def save(self, entry: Entry, *, since: float | None = None) -> Stored | None:
         """Store an entry in the place of its predecessor; None if its URL was invalidated after ``since``.
@@ -330,24 +349,18 @@ class Store:
     def _is_outdone(self, storage: SqliteStorage, key: bytes, stored: Stored, replaced: list[Stored]) -> bool:
         """Whether another process of the runner has stored the same, or newer, meanwhile; what is older is removed."""
         now, ours = time.time(), {old.row for old in replaced}
-        for row in storage.get_entries(key.hex()):
-            if row.id in ours:
-                continue
-            try:
-                theirs = from_hishel(row, self._sealing)
-            except (KeyError, ValueError, Rejected, RuntimeError, sqlite3.Error):
-                continue
-            if not same_place(theirs, stored.entry):
+        for id_, theirs in self._entries(storage, self._rows(key)):
+            if id_ in ours or not same_place(theirs, stored.entry):
                 continue
             newer = stored.entry.age(now) - theirs.age(now)
             if theirs.digest == stored.entry.digest and abs(newer) <= SAME_AGE:
-                stored.row = row.id
+                stored.row = id_
                 if theirs.headers != stored.entry.headers:
-                    storage.update_headers(row.id, fields_at_rest(stored.entry, self._sealing))
+                    storage.update_headers(id_, fields_at_rest(stored.entry, self._sealing))
                 return True
             if newer > 0:
                 return True
-            storage.remove_entry(row.id)
+            storage.remove_entry(id_)
         return False
 
     def _update(self, stored: Stored, fresh: Stored, storage: SqliteStorage) -> None:
@@ -614,6 +627,11 @@ class _SaidOnce(logging.Filter):
 
 _at_work = threading.local()
 logging.getLogger("hishel._core._storages._sync_sqlite").addFilter(_SaidOnce())
+
+
+def _states(rows: list[_Row]) -> list[tuple[bytes, int]]:
+    """What says whether rows are the same as before: their ids, and hashes of what is in them that may change."""
+    return [(id_, hash(data)) for id_, data, _, _ in rows]
 
 
 def _size(found: list[Stored]) -> int:

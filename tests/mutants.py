@@ -31,7 +31,7 @@ class Mutant(NamedTuple):
 MUTANTS = [
     Mutant(
         "store.py",
-        "remembered.rows is None or remembered.rows != self._rows(key)",
+        "remembered.rows is None or remembered.rows != _states(self._rows(key))",
         "remembered.rows is None",
         "unit/test_store.py::test_memory_is_given_up_when_another_store_has_renewed_an_entry",
     ),

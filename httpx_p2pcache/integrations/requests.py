@@ -83,7 +83,7 @@ class P2PCacheAdapter(HTTPAdapter):
         if not verify and asked.url.startswith("https:"):
             # Whose answer this is nobody has made sure of: it is not for those who do.
             return self._response(drive(exchange.pass_by(asked, "bypass"), send_on, _discard, _read), request)
-        answer = exchange.hit(asked)
+        answer = exchange.hit(asked, in_memory=False)
         if answer is None:
             way = exchange.way(asked, threading.get_ident(), _patience(timeout), background=True)
             answer = drive(way, send_on, _discard, _read)

@@ -12,7 +12,6 @@ import logging
 import os
 import tempfile
 import time
-import types
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ import h11
 import httpx
 import msgspec
 from hishel import Headers
+from hishel._core._storages._packing import pack as packed
 
 from httpx_p2pcache import P2PCacheTransport, Settings
 from httpx_p2pcache.conditions import viewed
@@ -48,7 +48,7 @@ from httpx_p2pcache.node.protocol import (
     read_frame,
     unpack,
 )
-from httpx_p2pcache.rows import from_hishel, to_hishel
+from httpx_p2pcache.rows import from_row, to_hishel
 from httpx_p2pcache.stats import Stats
 from httpx_p2pcache.stored import Stored
 
@@ -184,10 +184,7 @@ def entries(data: bytes) -> None:
 
 def use(entry: Entry, now: float) -> None:
     """All that is done with an entry that has been stored."""
-    _, response = to_hishel(entry, None)
-    request = types.SimpleNamespace(method=entry.method, url=entry.url, headers=dict(entry.selecting))
-    row = types.SimpleNamespace(request=request, response=response)
-    assert from_hishel(row, None).headers == entry.headers  # type: ignore[arg-type] # as much of one as is looked at
+    assert from_row(packed(*to_hishel(entry, None)), entry.body, None).headers == entry.headers
     stored = Stored(uuid.UUID(int=1), entry, 300.0, True)
     stored.fresh(now)
     stored.matches("GET", {"accept": "*/*"}.get)
