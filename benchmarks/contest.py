@@ -96,7 +96,7 @@ def _contenders(name: str, count: int, origin: Origin) -> Iterator[list[tuple[Ri
             yield rival if isinstance(rival, Skipped) else [(rival, {})] * count
 
 
-def contest(name: str, count: int, urls: int, *, own_tokens: bool) -> Outcome | Skipped:
+def contest(name: str, count: int, urls: int, *, own_tokens: bool, at_a_time: int = CONCURRENCY) -> Outcome | Skipped:
     """One run of one of them: ``count`` runners, each asking for the same ``urls`` URLs in the same order."""
     resources = made_up(urls)
     right = {path: hashlib.sha256(one.body).hexdigest() for path, one in resources.items()}
@@ -117,7 +117,7 @@ def contest(name: str, count: int, urls: int, *, own_tokens: bool) -> Outcome | 
         try:
             for number, (process, (rival, _)) in enumerate(zip(processes, contenders, strict=True)):
                 token = f"token-of-{number}" if own_tokens else "token-of-all"
-                job = Job(rival.kind, rival.where, rival.url, number, list(resources), token, CONCURRENCY)
+                job = Job(rival.kind, rival.where, rival.url, number, list(resources), token, at_a_time)
                 _tell(process, msgspec.json.encode(job).decode())
             assert [_hear(process) for process in processes] == ["ready\n"] * count
             origin.reset()
@@ -154,7 +154,9 @@ def _hear(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline()
 
 
-def compare(names: list[str], count: int, urls: int, *, own_tokens: bool, turns: int) -> dict[str, Any]:
+def compare(
+    names: list[str], count: int, urls: int, *, own_tokens: bool, turns: int, at_a_time: int = CONCURRENCY
+) -> dict[str, Any]:
     """Everybody in turns; for each the medians over its runs, and the worst number of calls."""
     runs: dict[str, list[Outcome]] = {name: [] for name in names}
     skipped: dict[str, str] = {}
@@ -163,7 +165,7 @@ def compare(names: list[str], count: int, urls: int, *, own_tokens: bool, turns:
             if name in skipped:
                 continue
             print(f"  {count} runners, turn {turn + 1} of {turns}: {name}", file=sys.stderr, flush=True)
-            outcome = contest(name, count, urls, own_tokens=own_tokens)
+            outcome = contest(name, count, urls, own_tokens=own_tokens, at_a_time=at_a_time)
             if isinstance(outcome, Skipped):
                 skipped[name] = outcome.reason
             else:
@@ -190,5 +192,7 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     }
     if not quick:
         most = ["no cache", "nginx", "Varnish", "ours", "ours, daemon"]
-        found["20 runners, 50 URLs, one token"] = compare(most, 20, 50, own_tokens=False, turns=1)
+        for at_a_time, title in ((1, "one request at a time"), (CONCURRENCY, "four: more than two cores can do")):
+            outcomes = compare(most, 20, 50, own_tokens=False, turns=1, at_a_time=at_a_time)
+            found[f"20 runners, 50 URLs, one token, {title}"] = outcomes
     return found
