@@ -36,20 +36,21 @@ demo: $(READY) ## five runners share what one has paid for (RUNNERS=, URLS=, HAR
 	@$(BIN)/p2pcache demo --runners $(RUNNERS) --urls $(URLS) $(if $(HAR),--har $(HAR)) $(if $(OWN_TOKENS),--own-tokens)
 
 test: $(READY) lint typecheck ## lint, types and every test
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --ignore tests/integration
-	@# Real processes have real deadlines: what fails among three at a time has to pass alone, or it has failed.
-	@$(BIN)/python -m pytest -n 3 --dist loadfile tests/integration || { echo 'Once more, alone, what has failed:'; \
-		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none tests/integration; }
+	@# The longest files first. Real processes have real deadlines: what fails among four at a time has to pass alone.
+	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder || { echo 'Once more, alone, what has failed:'; \
+		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }
 
 simulate: $(READY) ## ten thousand schedules of the simulated fleet (SCHEDULES=)
 	@SCHEDULES=$(or $(SCHEDULES),10000) $(BIN)/python -m pytest --timeout 3600 tests/simulation
 
-fuzz: $(READY) ## a million hostile frames, and a hundred thousand of all else that others write (RUNS=)
+fuzz: $(READY) ## a million hostile frames, a hundred thousand of all else that others write (RUNS=), and floods
 	@status=0; for name in frames admission entries registry settings fields door; do \
 		runs=$(or $(RUNS),100000); [ $$name != frames ] || runs=$$((runs * 10)); \
 		$(BIN)/python -m tests.fuzz $$name --runs $$runs 2>/dev/null | grep -E "FOUND|runs in" ; \
 		[ $${PIPESTATUS[0]} -eq 0 ] || status=1; \
-	done; exit $$status
+	done; \
+	FLOOD_SECONDS=10 $(BIN)/python -m pytest tests/integration/test_attacks.py -k "flood or bounded" || status=1; \
+	exit $$status
 
 mutants: $(READY) ## take each defence away, and see its test fail
 	@$(BIN)/python -m tests.mutants

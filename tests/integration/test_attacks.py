@@ -503,16 +503,17 @@ def test_a_member_that_answers_no_ping_is_dropped_unless_it_is_heard_of(
 # Floods, from a process of its own: what it does costs the one that is attacked nothing but what it sends
 
 
+FLOOD_SECONDS = float(os.environ.get("FLOOD_SECONDS", "0.5"))  # longer in `make fuzz`
 KINDS = ["push", "push-large", "publish", "introduce", "quota", "counts", "ready", "ping", "invalidate", "grant", "ask"]
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(60 + 10 * FLOOD_SECONDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flood_delays_no_request_and_fills_no_memory(start: Start, origin: Origin, secret: str, kind: str) -> None:
     runner = start("a", max_size=64 * MIB)
     all_right(runner, origin, TARGETS[:5])
     before = resident_bytes()
-    with flooding(secret, runner.address, kind, 1.5) as process:
+    with flooding(secret, runner.address, kind, FLOOD_SECONDS) as process:
         slowest, asked_for = 0.0, 0
         while process.poll() is None:
             target = TARGETS[asked_for % len(TARGETS)]
@@ -528,12 +529,12 @@ def test_a_flood_delays_no_request_and_fills_no_memory(start: Start, origin: Ori
     assert (slowest < PROMPT, grown < 600 * MIB) == (True, True), f"{slowest:.2f} s, {grown // MIB} MiB, {said} frames"
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(60 + 10 * FLOOD_SECONDS)
 @pytest.mark.parametrize("kind", ["keep-questions", "keep-waiting", "keep-addresses"])
 def test_what_a_member_can_have_us_keep_is_bounded(start: Start, origin: Origin, secret: str, kind: str) -> None:
     runner = start("a", claim_timeout=10.0)
     before, most = resident_bytes(), 0
-    with flooding(secret, runner.address, kind, 5.0) as process:
+    with flooding(secret, runner.address, kind, 4 * FLOOD_SECONDS) as process:
         while process.poll() is None:
             most = max(most, resident_bytes() - before)
             runner.stat("connected_peers")

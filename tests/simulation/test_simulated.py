@@ -29,7 +29,7 @@ MAX_AGE = 1000  # nothing goes stale by itself within an episode
 # A flight in the process, the question, the wait for another's fetch, and one's own fetch, with its way there and back.
 BOUND = CLAIM + LOOKUP + CLAIM + 2 * LATENCY + 0.2
 Fault = Literal["crash", "freeze", "part", "fail"]
-SCHEDULES = int(os.environ.get("SCHEDULES", "1000"))
+SCHEDULES = int(os.environ.get("SCHEDULES", "500"))
 EPISODES = 20
 
 
