@@ -412,7 +412,7 @@ def a_body_that_ends_with_the_connection(session: Any, url: str) -> Any:
     return seen(session.get(url))
 
 
-@scene(fixed([head(200, [FRESH, TEXT, ("Content-Length", "5")]), b"12345678", None]))
+@scene(fixed([head(200, [FRESH, TEXT, ("Connection", "close"), ("Content-Length", "5")]), b"12345678", None]))
 def a_body_longer_than_content_length_ends_there(session: Any, url: str) -> Any:
     return seen(session.get(url)), seen(session.get(url + "/other"))
 
