@@ -30,6 +30,12 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "node/fleet.py",
+        "if said.turn >= member.turn:",
+        "if True:",
+        f"{ATTACKS}::test_what_a_member_has_said_later_on_another_link_is_not_taken_back",
+    ),
+    Mutant(
         "store.py",
         "remembered.rows is None or remembered.rows != _states(self._rows(key))",
         "remembered.rows is None",

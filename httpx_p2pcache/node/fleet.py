@@ -97,7 +97,8 @@ class Fleet:
         self._worker = Worker("p2pcache-disk")
         self._ledger = Ledger(self.settings.dir)
         self._began = time.time()
-        self._turns = itertools.count()
+        self._reminded = itertools.count()
+        self._turns = itertools.count(time.time_ns())  # a node that begins anew goes on above what it has said before
         self.counts = TellCounts("", {})  # of this runner
 
     def _make_host(self) -> Any:
@@ -269,8 +270,8 @@ class Fleet:
         members = [(p.to_bytes(), m.addresses[:16]) for p, m in others]
         takes, ready = self.settings.max_body_size, self.joined.is_set()
         addresses, host = self.addresses[:16], socket.gethostname()
-        link.told, link.told_unreached = {p for p, _ in others}, self.unreached
-        await link.send(Introduce(addresses, host, members, takes, ready, self.unreached))
+        link.told, link.told_unreached, turn = {p for p, _ in others}, self.unreached, next(self._turns)
+        await link.send(Introduce(addresses, host, members, takes, ready, self.unreached, turn))
 
     def _introduced(self, link: Link, said: Introduce, how: str, addresses: list[str]) -> None:
         here = said.host == socket.gethostname()
@@ -294,7 +295,7 @@ class Fleet:
         if known is not None:
             known.doubted = False
         link.knows = set()
-        self._acquainted(link, Acquainted(said.members, [], said.unreached))
+        self._acquainted(link, Acquainted(said.members, [], said.unreached, said.turn))
         if self.joined.is_set() and link.peer_id not in self._called_ready:
             self.spawn(self._call_ready, member)
 
@@ -311,11 +312,13 @@ class Fleet:
         self.search.candidates.awaits(come - self.members.keys(), trio.current_time())
         link.knows |= come
         link.knows -= {peer_of(peer_id) for peer_id in said.gone}
-        # Of two links the one that spoke last says how things are.
-        before = member.knows, member.unreached
-        member.knows, member.unreached = set(list(link.knows)[:MAX_KNOWN]), said.unreached
-        if before != (member.knows, member.unreached):
-            self.reach_changed()
+        # It has two links where both have dialled, and what is said on one may be overtaken on the other.
+        if said.turn >= member.turn:
+            before = member.knows, member.unreached
+            member.knows, member.unreached = set(list(link.knows)[:MAX_KNOWN]), said.unreached
+            member.turn = said.turn
+            if before != (member.knows, member.unreached):
+                self.reach_changed()
         if come - self.members.keys() - {self.host.id}:
             self.spawn(self._judge_reach)
 
@@ -350,7 +353,8 @@ class Fleet:
                     come, gone = sorted(ours - link.told, key=ID.to_bytes), sorted(link.told - ours, key=ID.to_bytes)
                     link.told, link.told_unreached = ours, self.unreached
                     new = [(p.to_bytes(), self.members[p].addresses[:16]) for p in come]
-                    self.spawn(link.send, Acquainted(new, [p.to_bytes() for p in gone], self.unreached))
+                    left = [p.to_bytes() for p in gone]
+                    self.spawn(link.send, Acquainted(new, left, self.unreached, next(self._turns)))
 
     def _matters(self, peer_id: ID) -> bool:
         """Whether everybody should know of it: it can be a home."""
@@ -438,7 +442,7 @@ class Fleet:
     async def _remind(self) -> None:
         """One member in turn is told all anew, whatever it may have missed."""
         if self.members:
-            member = list(self.members.values())[next(self._turns) % len(self.members)]
+            member = list(self.members.values())[next(self._reminded) % len(self.members)]
             if member.links:
                 await self._introduce(member.links[0])
 

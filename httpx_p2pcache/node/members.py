@@ -268,6 +268,7 @@ class Member:
     told_counts: dict[str, TellCounts] = field(default_factory=dict)  # what we have told it
     knows: set[ID] = field(default_factory=set)  # its members
     unreached: int = 0  # how many members of its members it cannot reach
+    turn: int = 0  # in which it has said so
     asked: float = 0.0  # when we have asked whether it is there, in the loop's time
     suspect: bool = False  # it has not answered in time: not asked again until it is heard of
 

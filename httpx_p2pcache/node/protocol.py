@@ -72,6 +72,7 @@ class Introduce(Frame):
     takes: Annotated[int, Meta(ge=0)]  # bytes of the largest body that I store
     ready: bool  # I am a home already
     unreached: Annotated[int, Meta(ge=0)] = 0  # how many members of my members I cannot reach
+    turn: Annotated[int, Meta(ge=0)] = 0  # of two that say whom I know and reach, on two links, the higher is the later
 
 
 class Acquainted(Frame):
@@ -80,6 +81,7 @@ class Acquainted(Frame):
     come: Annotated[list[tuple[PeerBytes, Annotated[list[Address], Meta(max_length=16)]]], Meta(max_length=1000)]
     gone: Annotated[list[PeerBytes], Meta(max_length=1000)]
     unreached: Annotated[int, Meta(ge=0)]
+    turn: Annotated[int, Meta(ge=0)] = 0  # as in the introduction
 
 
 class Ready(Frame):

@@ -44,6 +44,7 @@ from httpx_p2pcache.network import Question
 from httpx_p2pcache.node.host import Host
 from httpx_p2pcache.node.presence import PING_SECONDS
 from httpx_p2pcache.node.protocol import (
+    Acquainted,
     Ask,
     Done,
     Found,
@@ -469,6 +470,20 @@ def test_a_peer_that_says_where_others_are_does_not_move_them(start: Start, orig
         for one in (first, second, third):
             all_right(one, origin)
         assert eventually(lambda: third.stat("connected_peers") == 3)
+
+
+def test_what_a_member_has_said_later_on_another_link_is_not_taken_back(
+    start: Start, origin: Origin, secret: str
+) -> None:
+    """Else it would not be asked as the home that all others ask, and they and we would pay twice."""
+    with Hostile(secret) as member:
+        runner = start("a", bootstrap_peers=(member.address,))
+        all_right(runner, origin, TARGETS[:1])
+        for call, (turn, unreached) in enumerate([(5, 0), (4, 3), (6, 2), (3, 1)], 500):
+            member.say(Acquainted([], [], unreached, turn), Ping(call))
+            assert eventually(lambda call=call: any(isinstance(m, Done) and m.call == call for m in member.heard))
+            (peer,) = runner.transport.stats()["peers"]
+            assert peer["unreached"] == (0 if turn in (5, 4) else 2)
 
 
 @pytest.mark.usefixtures("no_multicast")
