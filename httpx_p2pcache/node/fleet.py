@@ -270,8 +270,8 @@ class Fleet:
         members = [(p.to_bytes(), m.addresses[:16]) for p, m in others]
         takes, ready = self.settings.max_body_size, self.joined.is_set()
         addresses, host = self.addresses[:16], socket.gethostname()
-        link.told, link.told_unreached, turn = {p for p, _ in others}, self.unreached, next(self._turns)
-        await link.send(Introduce(addresses, host, members, takes, ready, self.unreached, turn))
+        link.told, link.told_unreached, link.turn = {p for p, _ in others}, self.unreached, next(self._turns)
+        await link.send(Introduce(addresses, host, members, takes, ready, self.unreached, link.turn))
 
     def _introduced(self, link: Link, said: Introduce, how: str, addresses: list[str]) -> None:
         here = said.host == socket.gethostname()
@@ -349,12 +349,13 @@ class Fleet:
         for member in list(self.members.values()):
             if member.links and (link := member.links[0]).introduced.is_set():
                 ours = shown - {link.peer_id}
-                if ours != link.told or link.told_unreached != self.unreached:
+                last = max(member.links, key=lambda one: one.turn)  # on which it was told last how things are
+                if ours != last.told or last.told_unreached != self.unreached:
                     come, gone = sorted(ours - link.told, key=ID.to_bytes), sorted(link.told - ours, key=ID.to_bytes)
-                    link.told, link.told_unreached = ours, self.unreached
+                    link.told, link.told_unreached, link.turn = ours, self.unreached, next(self._turns)
                     new = [(p.to_bytes(), self.members[p].addresses[:16]) for p in come]
                     left = [p.to_bytes() for p in gone]
-                    self.spawn(link.send, Acquainted(new, left, self.unreached, next(self._turns)))
+                    self.spawn(link.send, Acquainted(new, left, self.unreached, link.turn))
 
     def _matters(self, peer_id: ID) -> bool:
         """Whether everybody should know of it: it can be a home."""

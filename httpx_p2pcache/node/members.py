@@ -68,6 +68,7 @@ class Link:
         self.knows: set[ID] = set()  # its members, as it has told us here ...
         self.told: set[ID] = set()  # ... and ours, as we have told it
         self.told_unreached = 0
+        self.turn = 0  # in which we have told it
         self.dialled = False  # by us
         self.used = trio.current_time()  # for a question or an entry, the last time
         self.received = 0  # bytes of frames

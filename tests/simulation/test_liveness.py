@@ -27,6 +27,28 @@ def test_a_link_that_has_just_closed_ends_no_node() -> None:
     simulation.play(script)
 
 
+def test_what_was_said_last_on_whichever_link_is_what_is_known() -> None:
+    """Who is not reached by all is no home: what is known of that differs for no longer than it takes to say it."""
+    simulation = Simulation(nodes=2, seed=1)
+    one, other = simulation.nodes
+
+    async def script() -> None:
+        assert await simulation.formed(), simulation.describe()
+        await trio.sleep(0.5)
+        (theirs,), (ours,) = one.fleet.members.values(), other.fleet.members.values()
+        first, second = theirs.links  # both have dialled
+        for link in (second, first):
+            one.fleet.unreached = 1  # for a moment, in which it introduces itself on one of them
+            await one.fleet._introduce(link)
+            await trio.sleep(0.1)
+            assert ours.unreached == 1
+            one.fleet.reach_changed()
+            await trio.sleep(0.2)
+            assert (one.fleet.unreached, ours.unreached) == (0, 0)
+
+    simulation.play(script)
+
+
 def test_a_fleet_in_which_nothing_happens_says_nothing_new() -> None:
     """All that is sent is one introduction a second by each, and a ping to who has been silent, and its answer."""
     simulation, nodes, seconds = Simulation(nodes=6, seed=1), 6, 60
