@@ -117,7 +117,7 @@ def contest(name: str, count: int, urls: int, *, own_tokens: bool, at_a_time: in
         try:
             for number, (process, (rival, _)) in enumerate(zip(processes, contenders, strict=True)):
                 token = f"token-of-{number}" if own_tokens else "token-of-all"
-                job = Job(rival.kind, rival.where, rival.url, number, list(resources), token, at_a_time)
+                job = Job(rival.kind, rival.where, rival.url, number, list(resources), token, at_a_time, count - 1)
                 _tell(process, msgspec.json.encode(job).decode())
             assert [_hear(process) for process in processes] == ["ready\n"] * count
             origin.reset()

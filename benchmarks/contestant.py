@@ -14,7 +14,10 @@ from benchmarks import rivals
 
 
 class Job(msgspec.Struct):
-    """``kind`` is a rival's, ``ours`` or ``door``; ``where`` a directory, a redis:// URL or the door's socket."""
+    """``kind`` is a rival's, ``ours`` or ``door``; ``where`` a directory, a redis:// URL or the door's socket.
+
+    ``peers``: how many others ours has to have met before it is ready.
+    """
 
     kind: str
     where: str
@@ -23,6 +26,7 @@ class Job(msgspec.Struct):
     paths: list[str]
     token: str
     concurrency: int
+    peers: int
 
 
 class Seen(msgspec.Struct):
@@ -43,7 +47,9 @@ def client_of(job: Job) -> Any:
     from httpx_p2pcache import P2PCacheTransport
 
     transport = P2PCacheTransport()
-    transport.wait_until_joined(60)
+    until = time.monotonic() + 60
+    while transport.stats()["connected_peers"] < job.peers and time.monotonic() < until:  # type: ignore[operator]
+        time.sleep(0.05)
     return httpx.Client(transport=transport, headers=headers, timeout=30.0)
 
 

@@ -35,8 +35,8 @@ A cold fleet of runner processes asks for the same URLs, in the same order, begi
 a time, against a stand-in for GitHub that takes 80 ms. Each library is used as its own documentation says, made to store
 what is `private`, or it would store nothing; the proxies are told to keep tokens apart, and nginx and Squid to take
 60 seconds for the lifetime of everything, since they do not obey the lifetime of what is private. A proxy is a server
-that somebody runs; it sees every token and every body. What a process does once (its imports, its first connection) is done
-by everybody before the clock starts.
+that somebody runs; it sees every token and every body. What a process does once (its imports, its connection to the proxy,
+ours to the other runners) is done by everybody before the clock starts.
 
 Beside the figures: nginx's low median comes with its lock, which looks every half second whether the answer is there. A
 client's own write drops nothing from nginx, Squid or Varnish. hishel keeps tokens apart where the origin says
