@@ -259,8 +259,8 @@ class Fleet:
             else:
                 await self.home.handle(link, message)
 
-        self.spawn(self._introduce, link)
         try:
+            await self._introduce(link)  # before it can be a member, and be told that we are ready
             await link.serve(handle, self.home.at_once)
         finally:
             self._part_from(link)

@@ -42,6 +42,7 @@ from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Entry, Keyring, body_digest, cache_key, claim_key
 from httpx_p2pcache.network import Question
 from httpx_p2pcache.node.host import Host
+from httpx_p2pcache.node.members import Link
 from httpx_p2pcache.node.presence import PING_SECONDS
 from httpx_p2pcache.node.protocol import (
     Acquainted,
@@ -484,6 +485,25 @@ def test_what_a_member_has_said_later_on_another_link_is_not_taken_back(
             assert eventually(lambda call=call: any(isinstance(m, Done) and m.call == call for m in member.heard))
             (peer,) = runner.transport.stats()["peers"]
             assert peer["unreached"] == (0 if turn in (5, 4) else 2)
+
+
+def test_a_node_says_nothing_before_it_has_introduced_itself(
+    start: Start, origin: Origin, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever hears first that it is ready, of somebody who is no member yet, would not ask it as a home."""
+    send = Link.send
+
+    async def slowly(link: Link, frame: Any) -> None:
+        if isinstance(frame, Introduce):
+            await trio.sleep(0.3)
+        await send(link, frame)
+
+    monkeypatch.setattr(Link, "send", slowly)
+    with Hostile(secret) as member:
+        runner = start("a", bootstrap_peers=(member.address,))
+        all_right(runner, origin, TARGETS[:2])
+        assert eventually(lambda: any(isinstance(message, Ready) for message in member.heard))
+        assert isinstance(member.heard[0], Introduce)
 
 
 @pytest.mark.usefixtures("no_multicast")
