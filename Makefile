@@ -36,8 +36,8 @@ demo: $(READY) ## five runners share what one has paid for (RUNNERS=, URLS=, HAR
 	@$(BIN)/p2pcache demo --runners $(RUNNERS) --urls $(URLS) $(if $(HAR),--har $(HAR)) $(if $(OWN_TOKENS),--own-tokens)
 
 test: $(READY) lint typecheck ## lint, types and every test
-	@# The longest files first. Real processes have real deadlines: what fails among three at a time has to pass alone.
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder || { echo 'Once more, alone, what has failed:'; \
+	@# The longest files first. Real processes have real deadlines: what fails among four at a time has to pass alone.
+	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder || { echo 'Once more, alone, what has failed:'; \
 		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }
 
 simulate: $(READY) ## ten thousand schedules of the simulated fleet (SCHEDULES=)

@@ -571,7 +571,7 @@ def test_a_flood_delays_no_request_and_fills_no_memory(start: Start, origin: Ori
 def test_what_a_member_can_have_us_keep_is_bounded(start: Start, origin: Origin, secret: str, kind: str) -> None:
     runner = start("a", claim_timeout=10.0)
     before, most = resident_bytes(), 0
-    with flooding(secret, runner.address, kind, 4 * FLOOD_SECONDS) as process:
+    with flooding(secret, runner.address, kind, 3 * FLOOD_SECONDS) as process:
         while process.poll() is None:
             most = max(most, resident_bytes() - before)
             runner.stat("connected_peers")

@@ -16,7 +16,7 @@ from httpx_p2pcache.node.presence import IDLE_SECONDS
 from httpx_p2pcache.testing.simulation import SimulatedNode, Simulation
 
 NODES = 20
-SEEDS = 5 if "SCHEDULES" in os.environ else 2  # all of them in `make simulate`
+SEEDS = 5 if "SCHEDULES" in os.environ else 1  # all of them in `make simulate`
 Play = Callable[[Simulation], Awaitable[None]]
 
 
