@@ -67,7 +67,9 @@ def main() -> None:
     names = chosen.names or list(QUICK if chosen.quick else BENCHMARKS)
     for number, name in enumerate(names, 1):
         print(f"{name} ({number} of {len(names)}) ...", file=sys.stderr, flush=True)
+        began = time.monotonic()
         results[name] = {**machine(), "figures": known[name]()}
+        print(f"  took {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         if not chosen.quick and not chosen.json:
             RESULTS.mkdir(exist_ok=True)
             (RESULTS / f"{name}.json").write_text(json.dumps(results[name], indent=2) + "\n")
