@@ -22,7 +22,7 @@ import httpx
 from httpx_p2pcache import P2PCacheTransport, Settings
 
 TURNS = 40
-CALLS = 50
+CALLS = 20
 BODY = b"x" * 13_900
 URL = "https://api.github.com/repos/octo-org/octo-repo"
 FIELDS = {

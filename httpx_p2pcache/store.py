@@ -197,8 +197,17 @@ class Store:
             return found
 
     def _touch(self, row: bytes, now: float) -> None:
-        with contextlib.suppress(sqlite3.Error):
+        """Note that an entry was used, unless another process is writing: who reads waits for nobody."""
+        with contextlib.suppress(sqlite3.Error), self._impatient():
             self._connected.execute("UPDATE entries SET last_accessed_at = ? WHERE id = ?", (now, row))
+
+    @contextlib.contextmanager
+    def _impatient(self) -> Iterator[None]:
+        self._connected.execute("PRAGMA busy_timeout=0")
+        try:
+            yield
+        finally:
+            self._connected.execute(f"PRAGMA busy_timeout={BUSY_MS}")
 
     def save(self, entry: Entry, *, since: float | None = None) -> Stored | None:
         """Store an entry in the place of its predecessor; None if its URL was invalidated after ``since``.
@@ -461,14 +470,11 @@ class Store:
             if flushed:
                 self.flush()
             storage, _at_work.store = self._open(), self
-            if not patient:
-                self._connected.execute("PRAGMA busy_timeout=0")
             try:
-                yield storage
+                with contextlib.nullcontext() if patient else self._impatient():
+                    yield storage
             finally:
                 _at_work.store = None
-                if not patient:
-                    self._connected.execute(f"PRAGMA busy_timeout={BUSY_MS}")
 
     def _forget(self, key: bytes) -> None:
         if key in self._memory:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -211,6 +212,30 @@ def test_an_invalidation_by_another_process_is_seen_at_once(store: Store, tmp_pa
     saved(store)
     in_another_process(tmp_path / "store", "store.invalidate([KEY]); store.close(); print('null')")
     assert store.load(KEY) == []
+
+
+def test_reading_notes_when_an_entry_was_used_and_waits_for_nobody_who_writes(
+    two: tuple[Store, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = two
+    entry = saved(a).entry
+    monkeypatch.setattr(store_module, "TOUCH_SECONDS", -1.0)
+    with contextlib.closing(sqlite3.connect(tmp_path / "store" / "p2pcache-v1.db", isolation_level=None)) as other:
+
+        def used() -> float:
+            return float(other.execute("SELECT last_accessed_at FROM entries").fetchone()[0])
+
+        before = used()
+        assert held(b) == [entry]
+        after = used()
+        assert after > before
+        b.close()
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        assert held(b) == [entry]
+        assert time.monotonic() - began < store_module.BUSY_MS / 2000
+        assert used() == after
+        other.execute("ROLLBACK")
 
 
 def test_what_was_used_longest_ago_leaves_memory_first_and_stays_on_disk(
