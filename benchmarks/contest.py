@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -155,21 +155,26 @@ def _hear(process: subprocess.Popen[str]) -> str:
 
 
 def compare(
-    names: list[str], count: int, urls: int, *, own_tokens: bool, turns: int, at_a_time: int = CONCURRENCY
+    names: Sequence[str],
+    count: int,
+    urls: int,
+    *,
+    own_tokens: bool,
+    at_a_time: int = CONCURRENCY,
+    twice: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Everybody in turns; for each the medians over its runs, and the worst number of calls."""
+    """Everybody in turn, then who is named ``twice`` the other way round; medians, and the worst number of calls."""
     runs: dict[str, list[Outcome]] = {name: [] for name in names}
     skipped: dict[str, str] = {}
-    for turn in range(turns):
-        for name in names if turn % 2 == 0 else names[::-1]:
-            if name in skipped:
-                continue
-            print(f"  {count} runners, turn {turn + 1} of {turns}: {name}", file=sys.stderr, flush=True)
-            outcome = contest(name, count, urls, own_tokens=own_tokens, at_a_time=at_a_time)
-            if isinstance(outcome, Skipped):
-                skipped[name] = outcome.reason
-            else:
-                runs[name].append(outcome)
+    for name in [*names, *twice[::-1]]:
+        if name in skipped:
+            continue
+        print(f"  {count} runners, {at_a_time} at a time: {name}", file=sys.stderr, flush=True)
+        outcome = contest(name, count, urls, own_tokens=own_tokens, at_a_time=at_a_time)
+        if isinstance(outcome, Skipped):
+            skipped[name] = outcome.reason
+        else:
+            runs[name].append(outcome)
     rows: dict[str, Any] = {name: {"skipped": reason} for name, reason in skipped.items()}
     for name, outcomes in runs.items():
         if outcomes:
@@ -178,21 +183,25 @@ def compare(
                 for field in ("calls", "counted", "seconds", "p50", "p90", "p99")
             }
             right = f"{min(one.right for one in outcomes)} of {outcomes[0].asked}"
-            rows[name] = {**middle, "most_calls": max(one.calls for one in outcomes), "right": right, "runs": turns}
+            rows[name] = {
+                **middle,
+                "most_calls": max(one.calls for one in outcomes),
+                "right": right,
+                "runs": len(outcomes),
+            }
     return rows
 
 
 def run(*, quick: bool = False) -> dict[str, Any]:
     everybody = [*RIVALS, *OURS]
-    shared = ["no cache", "hishel-redis", "nginx", "Squid", "Varnish", *OURS]  # a cache for each shares no tokens
-    turns = 1 if quick else 2
+    shared = ["no cache", "nginx", "Varnish", *OURS]  # a cache for each shares no tokens
+    twice = [] if quick else ["Varnish", *OURS]  # whose times are near to each other
     found = {
-        "5 runners, 100 URLs, one token": compare(everybody, 5, 100, own_tokens=False, turns=turns),
-        "5 runners, 100 URLs, a token each": compare(shared, 5, 100, own_tokens=True, turns=1),
+        "5 runners, 100 URLs, one token": compare(everybody, 5, 100, own_tokens=False, twice=twice),
+        "5 runners, 100 URLs, a token each": compare(shared, 5, 100, own_tokens=True),
     }
     if not quick:
-        many = ["no cache", "nginx", "Varnish", "ours", "ours, daemon"]
-        title = "20 runners, 50 URLs, one token"
-        found[f"{title}, one request at a time"] = compare(many, 20, 50, own_tokens=False, turns=1, at_a_time=1)
-        found[f"{title}, four at a time"] = compare(many[2:], 20, 50, own_tokens=False, turns=1)
+        many, title = ["nginx", "Varnish", "ours", "ours, daemon"], "20 runners, 50 URLs, one token"
+        found[f"{title}, one request at a time"] = compare(many, 20, 50, own_tokens=False, at_a_time=1)
+        found[f"{title}, four at a time"] = compare(many[1:], 20, 50, own_tokens=False)
     return found

@@ -162,14 +162,14 @@ def forming() -> dict[str, Any]:
     return found
 
 
-def strangers(count: int = 200, seconds: float = 30.0) -> dict[str, Any]:
+def strangers(count: int = 200, seconds: float = 15.0) -> dict[str, Any]:
     """``count`` outsiders that connect again and again to a node, half of them mute, half talking rubbish."""
     from httpx import Client
 
     from httpx_p2pcache import P2PCacheTransport, Settings
 
     secret = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory() as scratch, Origin(made_up(6400)) as origin:
+    with tempfile.TemporaryDirectory() as scratch, Origin(made_up(3400)) as origin:
         settings = [
             Settings(
                 dir=Path(scratch) / name,
@@ -201,7 +201,7 @@ def strangers(count: int = 200, seconds: float = 30.0) -> dict[str, Any]:
             lookups(urls[:400], 0.0)
             before = _resident()
             quiet = lookups(
-                urls[400:3400], seconds / 4000
+                urls[400:1900], seconds / 2000
             )  # what they themselves leave in memory is not the strangers'
             usual = _resident() - before
             memory, descriptors = _resident(), len(os.listdir("/proc/self/fd"))
@@ -209,7 +209,7 @@ def strangers(count: int = 200, seconds: float = 30.0) -> dict[str, Any]:
             code = [sys.executable, "-c", _STRANGERS, where, str(count), str(seconds)]
             crowd = subprocess.Popen(code, stdout=subprocess.PIPE, text=True)
             time.sleep(1.0)
-            loud = lookups(urls[3400:], seconds / 4000)
+            loud = lookups(urls[1900:], seconds / 2000)
             tries = int(crowd.communicate()[0])
             time.sleep(3.0)
             grown, left = _resident() - memory - usual, len(os.listdir("/proc/self/fd")) - descriptors
