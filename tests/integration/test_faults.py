@@ -243,8 +243,17 @@ def test_a_database_that_nobody_else_can_even_read_is_not_waited_for_long(tmp_pa
     assert said["slowest"] < 3.0
 
 
-@pytest.mark.parametrize("when", ["at-first", "under-way"])
-@pytest.mark.parametrize("name", [DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", LEDGER])
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [
+        (DATABASE, "at-first"),
+        (DATABASE, "under-way"),
+        (f"{DATABASE}-wal", "under-way"),
+        (f"{DATABASE}-shm", "at-first"),
+        (LEDGER, "at-first"),
+        (LEDGER, "under-way"),
+    ],
+)
 def test_a_file_of_garbage_is_survived_and_the_cache_works_again(
     tmp_path: Path, origin: Origin, name: str, when: str
 ) -> None:
