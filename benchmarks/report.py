@@ -32,7 +32,7 @@ run, in turns; figures are medians. `python -m benchmarks NAME` does one part, `
 CONTEST = """## The main job, done by everybody
 
 A cold fleet of runner processes asks for the same URLs, in the same order, beginning in the same second, four requests at
-a time, against a stand-in for GitHub that takes 80 ms. Each library is used as its own documentation says, made to store
+a time where nothing else is said, against a stand-in for GitHub that takes 80 ms. Each library is used as its own documentation says, made to store
 what is `private`, or it would store nothing; the proxies are told to keep tokens apart, and nginx and Squid to take
 60 seconds for the lifetime of everything, since they do not obey the lifetime of what is private. A proxy is a server
 that somebody runs; it sees every token and every body. What a process does once (its imports, its connection to the proxy,
@@ -40,9 +40,10 @@ ours to the other runners) is done by everybody before the clock starts.
 
 Beside the figures: nginx's low median comes with its lock, which looks every half second whether the answer is there. A
 client's own write drops nothing from nginx, Squid or Varnish. hishel keeps tokens apart where the origin says
-`Vary: Authorization`, and requests-cache stores tokens in clear once it is told to. All processes share two cores here, so
-that with twenty runners ours is measured at its limit: a peer has a quarter of a second (`CACHE_LOOKUP_TIMEOUT`), and who is
-not answered by then goes to the origin. A daemon for each makes that forty processes, and 80 requests at once. hishel with
+`Vary: Authorization`, and requests-cache stores tokens in clear once it is told to. All processes share two cores here.
+Twenty runners that ask for one thing after another, as a script does, are what they can carry; with four requests each, 80 at
+once, ours is measured at its limit: a peer has a quarter of a second (`CACHE_LOOKUP_TIMEOUT`), and who is not answered by then
+goes to the origin. A daemon for each makes that forty processes. hishel with
 Redis takes part where `redis` is installed beside it, which this project does not do.
 
 """
