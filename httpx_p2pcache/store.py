@@ -69,7 +69,8 @@ class _Remembered:
 
 
 class Store:
-    """Entries by cache key. Every method is thread-safe and may touch the disk, except :meth:`peek`.
+    """Entries by cache key. Every method is thread-safe and may touch the disk; :meth:`peek` only reads
+    a key's rows, and that once after another process has written.
 
     With ``behind``, :meth:`save` and :meth:`refresh` do not touch it where memory knows the key.
 
@@ -357,9 +358,10 @@ class Store:
 
     def _is_outdone(self, storage: SqliteStorage, key: bytes, stored: Stored, replaced: list[Stored]) -> bool:
         """Whether another process of the runner has stored the same, or newer, meanwhile; what is older is removed."""
-        now, ours = time.time(), {old.row for old in replaced}
-        for id_, theirs in self._entries(storage, self._rows(key)):
-            if id_ in ours or not same_place(theirs, stored.entry):
+        now, ours = time.time(), {old.row.bytes for old in replaced if old.row is not None}
+        others = [row for row in self._rows(key) if row[0] not in ours]
+        for id_, theirs in self._entries(storage, others):
+            if not same_place(theirs, stored.entry):
                 continue
             newer = stored.entry.age(now) - theirs.age(now)
             if theirs.digest == stored.entry.digest and abs(newer) <= SAME_AGE:
