@@ -46,10 +46,6 @@ FIELDS = {
 REQUEST = {"Accept": "application/vnd.github+json", "Authorization": "Bearer a-token"}
 
 
-# What is compared with what: a process that asks for the first time is as undisturbed as one that has asked before.
-BESIDE = {"quiet": "quiet", "busy": "busy", "first": "quiet"}
-
-
 class _AtOnce(httpx.BaseTransport):
     """An origin that answers at once."""
 
@@ -94,18 +90,19 @@ def run() -> dict[str, Any]:
             for name, call in calls.items():
                 times[name].append(call())
     micros = {name: statistics.median(taken) * 1e6 for name, taken in times.items()}
-
-    def added(kind: str, when: str, beside: str) -> float:
-        return micros[kind, when] - micros["bare", beside]
-
-    hishels = {when: added("hishel", when, when) for when in ("quiet", "busy")}
-    ours = {when: added("ours", when, beside) for when, beside in BESIDE.items()}
+    bare = {"first": micros["bare", "quiet"]} | {
+        when: value for (kind, when), value in micros.items() if kind == "bare"
+    }
+    hishels, ours = (
+        {when: value - bare[when] for (kind, when), value in micros.items() if kind == name}
+        for name in ("hishel", "ours")
+    )
     return {
-        "bare client, µs": round(micros["bare", "quiet"]),
+        "bare client, µs": round(bare["quiet"]),
         "hishel's transport adds, µs": round(hishels["quiet"]),
         "ours adds, µs": round(ours["quiet"]),
         "ratio to hishel's": round(ours["quiet"] / hishels["quiet"], 2),
-        "after another process has stored something, bare client, µs": round(micros["bare", "busy"]),
+        "after another process has stored something, bare client, µs": round(bare["busy"]),
         "after another process has stored something, hishel's adds, µs": round(hishels["busy"]),
         "after another process has stored something, ours adds, µs": round(ours["busy"]),
         "after another process has stored something, ratio to hishel's": round(ours["busy"] / hishels["busy"], 2),
