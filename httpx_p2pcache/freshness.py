@@ -229,19 +229,21 @@ def machine_response(response: hishel.Response) -> hishel.Response:
     return hishel.Response(response.status_code, Headers(shown))
 
 
-def may_be_stored(method: str, status: int, headers: Headers) -> bool:
+def may_be_stored(method: str, status: int, headers: Headers | Mapping[str, list[str]]) -> bool:
     """Whether hishel's machine lets a private cache store a response (§3) to a plain request."""
-    shown = machine_response(hishel.Response(status, headers)).headers
-    return _may_be_stored(method, status, shown.get("cache-control") or "", "expires" in shown)
+    lines = headers.get_list("cache-control") if isinstance(headers, Headers) else headers.get("cache-control")
+    asked = method, status, "expires" in headers, *(lines or ())  # all that it looks at, which takes it a while
+    short = sum(map(len, lines or ())) < REMEMBERED_LENGTH
+    return _may_be_stored(*asked) if short else _may_be_stored.__wrapped__(*asked)
 
 
-@lru_cache(maxsize=1024)
-def _may_be_stored(method: str, status: int, control: str, expires: bool) -> bool:
-    """The same by all that it looks at, since that takes it a while."""
-    fields = {"cache-control": control, **({"expires": "0"} if expires else {})}
+@lru_cache(maxsize=256)
+def _may_be_stored(method: str, status: int, expires: bool, *control: str) -> bool:
+    fields: dict[str, str | list[str]] = {"cache-control": [*control], **({"expires": "0"} if expires else {})}
     asked = hishel.Request(method, "https://origin.invalid/", Headers({}))
     state = hishel.CacheMiss(options=CacheOptions(shared=False), request=asked)
-    return isinstance(state.next(hishel.Response(status, Headers(fields))), hishel.StoreAndUse)
+    seen = machine_response(hishel.Response(status, Headers(fields)))
+    return isinstance(state.next(seen), hishel.StoreAndUse)
 
 
 def vary_names(headers: Mapping[str, list[str]]) -> list[str]:

@@ -85,7 +85,7 @@ class Lookup:
         self.asker = exchange.keyring.asker(self.seen)
         self.shown = machine_request(request)
         self.pooled = exchange.github.pools(request.method, request.url)
-        self.shared = exchange.github.shares(request.method, request.url, request.headers)
+        self.shared = self.pooled and exchange.github.shares(request.method, request.url, request.headers)
         self.held: list[Stored] = []  # what this identity may use, once it is fresh
         self.parts: list[Stored] = []  # 206s that this identity may use
         self.others: dict[uuid.UUID, tuple[Stored, str]] = {}  # what it may use once the origin has said 304 to a tag
@@ -152,6 +152,9 @@ class Lookup:
 
     def _judged(self, found: list[Stored], now: float) -> Generator[Effect, Any, Stored | hishel.AnyState]:
         exchange, value_of = self.exchange, self.exchange.value_of(self.seen)
+        self.held, self.parts, self.others = [], [], {}
+        if not found:
+            return hishel.CacheMiss(_OPTIONS, self.shown)
         if self.plain and (best := exchange.fresh(self.seen, self.asker, found)) is not None:
             self.held = [best]
             return best
@@ -166,9 +169,10 @@ class Lookup:
         shown = [machine_entry(stored.entry, method, stored.id, wishes, now, ttl) for stored in self.held]
         if exchange.github.follows(self.request.url):
             shown = [view for stored, view in zip(self.held, shown, strict=True) if not self._incomplete(stored, view)]
-        self.others = {}
         if self.shared:
             shown += yield Run(partial(self._others, found, now))
+        if not shown:
+            return hishel.CacheMiss(_OPTIONS, self.shown)
         state = hishel.IdleClient(options=_OPTIONS).next(self.shown, shown)
         return self._stored(state.entry) if isinstance(state, hishel.FromCache) else state
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import logging
 import os
 import sqlite3
@@ -47,7 +48,8 @@ PEEK_SECONDS = 0.002  # what a look into memory may wait for a thread that write
 BEHIND_SECONDS = 0.01  # by which writing stays behind: at once it would meet the caller's next look-up at the lock
 MAX_UNWRITTEN = 32 * 1024**2  # bytes that may be unwritten: who brings more waits for the disk
 UNWRITTEN_BYTES = 2048  # that one takes beside its body, more or less
-BETWEEN_SECONDS = 0.0002  # between two that are written
+AT_ONCE = 4  # that are written in one transaction, for which nobody else has the lock
+BETWEEN_SECONDS = 0.0002  # between two of these
 STOP_SECONDS = 0.5  # that close() waits for it to end, who has nothing left to do
 IDLE_SECONDS = 5.0  # after which a thread that has nothing to write ends
 TOUCH_SECONDS = 60.0  # between two notes of when an entry was used: what is used longest ago is evicted first
@@ -104,11 +106,12 @@ class Store:
         self._default_ttl = default_ttl
         self._new_lock()
         self._storage: SqliteStorage | None = None
-        self._connection: sqlite3.Connection | None = None
+        self._connection: Connection | None = None
         self._version = -1  # of the file, when it was looked at last
         self._memory: OrderedDict[bytes, _Remembered] = OrderedDict()
         self._memory_bytes = 0
         self._tombstones = Tombstones()
+        self._learned: int | None = None  # the file's version whose tombstones are known here
         self.complained = False
         _stores.add(self)
 
@@ -199,16 +202,8 @@ class Store:
 
     def _touch(self, row: bytes, now: float) -> None:
         """Note that an entry was used, unless another process is writing: who reads waits for nobody."""
-        with contextlib.suppress(sqlite3.Error), self._impatient():
+        with contextlib.suppress(sqlite3.Error), self._connected.impatient():
             self._connected.execute("UPDATE entries SET last_accessed_at = ? WHERE id = ?", (now, row))
-
-    @contextlib.contextmanager
-    def _impatient(self) -> Iterator[None]:
-        self._connected.execute("PRAGMA busy_timeout=0")
-        try:
-            yield
-        finally:
-            self._connected.execute(f"PRAGMA busy_timeout={BUSY_MS}")
 
     def save(self, entry: Entry, *, since: float | None = None) -> Stored | None:
         """Store an entry in the place of its predecessor; None if its URL was invalidated after ``since``.
@@ -218,9 +213,9 @@ class Store:
         key = cache_key(entry.url)
         asked = entry.received if since is None else since
         with self._lock:
+            held = self.load(key)
             if self._is_void(key, entry.identity, asked):
                 return None
-            held = self.load(key)
             replaced = [s for s in held if same_place(s.entry, entry)]
             stored = self._prepared(entry, uuid.uuid4())
             self._remember(key, [*(s for s in held if s not in replaced), stored])
@@ -234,9 +229,9 @@ class Store:
         """
         key = cache_key(entry.url)
         with self._lock:
+            held = self.load(key)
             if self._is_void(key, entry.identity, since):
                 return None
-            held = self.load(key)
             if not any(s.is_same(stored) for s in held):  # evicted: it is as good as new
                 return None if any(same_place(s.entry, entry) for s in held) else self.save(entry, since=since)
             fresh = self._prepared(entry, stored.id, stored.row)
@@ -278,7 +273,7 @@ class Store:
         with self._lock:
             patient = True
             while self._unwritten:
-                patient = self._write_next(patient=patient)
+                patient = self._write_some(patient=patient)
 
     def _write(self, key: bytes, size: int, job: Callable[[SqliteStorage], None]) -> None:
         """Have ``size`` bytes written: at once, or behind."""
@@ -303,7 +298,7 @@ class Store:
                 self.flush()
 
     def _write_behind(self, no_more: threading.Event) -> None:
-        """A writer's life: one job at a time, between which others may have the lock."""
+        """A writer's life: a few jobs at a time, between which others may have the lock."""
         while True:
             with self._lock:
                 while not self._unwritten:
@@ -314,27 +309,29 @@ class Store:
             no_more.wait(BEHIND_SECONDS)
             patient = True
             while self._unwritten:
-                patient = self._write_next(patient=patient)
+                patient = self._write_some(patient=patient)
                 time.sleep(BETWEEN_SECONDS)  # who waits for the lock would else not have it
 
-    def _write_next(self, *, patient: bool) -> bool:
-        """Write one; ``patient``: wait for another process that holds the file. Returns whether that was not so."""
+    def _write_some(self, *, patient: bool) -> bool:
+        """Write a few; ``patient``: wait for another process that holds the file. Returns whether none did so long."""
         with self._lock:
-            if not self._unwritten:  # another thread has been quicker
+            jobs = list(itertools.islice(self._unwritten, AT_ONCE))
+            if not jobs:  # another thread has been quicker
                 return patient
-            key, size, job = self._unwritten[0]
-            began = time.monotonic()
-            try:
-                with self._writing(flushed=False, patient=patient) as storage:
-                    job(storage)
-            except Exception:  # it stays in memory
-                logger.debug("an entry could not be written", exc_info=True)
-            self._unwritten.popleft()
-            self._unwritten_bytes -= size
-            self._waiting[key] -= 1
-            if not self._waiting[key]:
-                del self._waiting[key]
-            return patient and time.monotonic() - began < BUSY_MS / 1000
+            connection = self._connected
+            with connection.together(patient=patient) as free, self._writing(flushed=False, patient=free) as storage:
+                for _, _, job in jobs:
+                    try:
+                        job(storage)
+                    except Exception:  # it stays in memory
+                        logger.debug("an entry could not be written", exc_info=True)
+            for key, size, _ in jobs:
+                self._unwritten.popleft()
+                self._unwritten_bytes -= size
+                self._waiting[key] -= 1
+                if not self._waiting[key]:
+                    del self._waiting[key]
+            return patient and free
 
     def _insert(
         self, stored: Stored, replaced: list[Stored], since: float, version: int, storage: SqliteStorage
@@ -436,7 +433,7 @@ class Store:
         if self._storage is not None:
             self._storage.close()
         self._storage = self._connection = None
-        self._version = -1
+        self._version, self._learned = -1, None
         self._forget_all()
 
     def _select(self, sql: str, parameters: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
@@ -450,18 +447,23 @@ class Store:
             return []
 
     def _is_void(self, key: bytes, identity: str, since: float) -> bool:
-        """Whether a key was written to, or an identity refused, after ``since``, as any process of the runner knows."""
+        """Whether a key, which was loaded just now, was written to, or an identity refused, after ``since``, as any
+        process of the runner knows."""
         try:
-            return self._tombstones.void(key, identity, since) or noted(self._connected, key, identity, since)
+            if self._learned != self._version:
+                if not self._tombstones.learn(self._connected):
+                    return self._tombstones.void(key, identity, since) or noted(self._connected, key, identity, since)
+                self._learned = self._version
         except sqlite3.Error:
-            return False
+            pass
+        return self._tombstones.void(key, identity, since)
 
     def _others_have_written(self, version: int) -> bool:
         """Whether another process has written since the file was of this ``data_version``."""
         return bool(self._connected.execute("PRAGMA data_version").fetchone()[0] != version)
 
     @property
-    def _connected(self) -> sqlite3.Connection:
+    def _connected(self) -> Connection:
         self._open()
         assert self._connection is not None
         return self._connection
@@ -473,7 +475,7 @@ class Store:
                 self.flush()
             storage, _at_work.store = self._open(), self
             try:
-                with contextlib.nullcontext() if patient else self._impatient():
+                with contextlib.nullcontext() if patient else self._connected.impatient():
                     yield storage
             finally:
                 _at_work.store = None
@@ -502,18 +504,18 @@ class Store:
             if self._storage is not None:
                 return self._storage
             try:
-                self._use(_connect(self.directory))
+                self._use(_connect_in(self.directory))
             except (sqlite3.DatabaseError, RuntimeError) as exc:
                 if isinstance(exc, sqlite3.OperationalError) or not self._move_aside():
                     self._use_memory(exc)
                 else:
-                    self._use(_connect(self.directory))
+                    self._use(_connect_in(self.directory))
             except OSError as exc:
                 self._use_memory(exc)
             assert self._storage is not None
             return self._storage
 
-    def _use(self, connection: sqlite3.Connection) -> None:
+    def _use(self, connection: Connection) -> None:
         storage = SqliteStorage(max_size=self._max_size or None)  # 0: no limit
         storage.connection = connection  # given at once it would be tried out by a thread, of which there may be none
         try:
@@ -537,7 +539,7 @@ class Store:
             self.directory,
             exc,
         )
-        self._use(sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None))
+        self._use(connect(":memory:"))
 
     def _move_aside(self) -> bool:
         path = self.directory / _FILE
@@ -616,10 +618,60 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-def _connect(directory: Path) -> sqlite3.Connection:
+class Connection(sqlite3.Connection):
+    """A connection on which hishel, which commits after every statement, can be made to do so after many."""
+
+    _together = False
+
+    def commit(self) -> None:
+        """Not while that is so."""
+        if not self._together:
+            super().commit()
+
+    @contextlib.contextmanager
+    def together(self, *, patient: bool) -> Iterator[bool]:
+        """One transaction, unless another process has the file for longer than the ``patient`` wait: if there is one.
+
+        Without it each statement finds that anew.
+        """
+        try:
+            with contextlib.nullcontext() if patient else self.impatient():
+                self.execute("BEGIN IMMEDIATE")
+            self._together = True
+        except sqlite3.Error:
+            pass
+        try:
+            yield self._together
+        finally:
+            if self._together:
+                self._together = False
+                try:
+                    self.commit()
+                except sqlite3.Error:
+                    logger.debug("entries could not be written", exc_info=True)
+                    with contextlib.suppress(sqlite3.Error):
+                        self.rollback()
+
+    @contextlib.contextmanager
+    def impatient(self) -> Iterator[None]:
+        """Who writes does not wait for another process."""
+        self.execute("PRAGMA busy_timeout=0")
+        try:
+            yield
+        finally:
+            self.execute(f"PRAGMA busy_timeout={BUSY_MS}")
+
+
+def connect(path: str | Path) -> Connection:
+    """A connection to the database in a file, or in ":memory:"."""
+    return sqlite3.connect(
+        path, check_same_thread=False, isolation_level=None, timeout=BUSY_MS / 1000, factory=Connection
+    )
+
+
+def _connect_in(directory: Path) -> Connection:
     private_directory(directory)
-    path = private_file(directory / _FILE)  # SQLite gives -wal and -shm the mode of the database itself
-    return sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=BUSY_MS / 1000)
+    return connect(private_file(directory / _FILE))  # SQLite gives -wal and -shm the mode of the database itself
 
 
 class _SaidOnce(logging.Filter):

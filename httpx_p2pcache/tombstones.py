@@ -15,6 +15,7 @@ logger = logging.getLogger("httpx_p2pcache")
 
 TOMBSTONE_SECONDS = 3600.0  # how long an invalidation outlives a publication that was on its way
 MAX_TOMBSTONES = 100_000
+FEW = 32  # that are all read at once, so that none of them has to be looked for
 EVERYBODY = "*"
 TABLE = (
     "CREATE TABLE IF NOT EXISTS tombstones"
@@ -31,6 +32,17 @@ class Tombstones:
     def void(self, key: bytes, identity: str, since: float) -> bool:
         """Whether a key was written to, or an identity refused, after ``since``."""
         return any(self._since.get((key, who), -math.inf) > since for who in (EVERYBODY, identity))
+
+    def learn(self, connection: sqlite3.Connection) -> bool:
+        """Whether all that any process of the runner has noted is known here now, or that is much.
+
+        Raises ``sqlite3.Error``.
+        """
+        rows = connection.execute("SELECT cache_key, identity, since FROM tombstones LIMIT ?", (FEW + 1,)).fetchall()
+        for key, identity, since in rows[:FEW]:
+            self._since.setdefault((key, identity), since)
+            self._since[key, identity] = max(since, self._since[key, identity])
+        return len(rows) <= FEW
 
     def bury(self, connection: sqlite3.Connection, keys: list[bytes], identity: str, now: float) -> None:
         """What of these keys was asked for before ``now`` is void, here and in other processes that still write it."""

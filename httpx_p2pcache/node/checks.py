@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from urllib.parse import urlsplit
 
 import msgspec
-from hishel import Headers
 
 from httpx_p2pcache.entries import Entry, carries_credentials, is_credential, links, same_origin
 from httpx_p2pcache.exceptions import Rejected
@@ -36,7 +36,7 @@ def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> E
         raise Rejected("it has been on its way for an impossible time")
     if entry.method not in ("GET", "HEAD") or not entry.url.startswith(("http://", "https://")):
         raise Rejected("its method or URL is not one that is cached")
-    if not same_origin(entry.url, entry.url):
+    if not _is_url(entry.url):
         raise Rejected("its URL is none")
     if carries_credentials(entry.url) or any(is_credential(n) and len(v) != 32 for n, v in entry.selecting.items()):
         raise Rejected("it holds credentials in clear")
@@ -56,10 +56,17 @@ def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> E
         if _PAGINATION.search(parameters) and not same_origin(url, entry.url):
             raise Rejected("its Link leads to another origin")
     _check_coding(entry)
-    if not may_be_stored(entry.method, entry.status, Headers(entry.headers)):
+    if not may_be_stored(entry.method, entry.status, entry.headers):
         raise Rejected("RFC 9111 §3 does not allow it to be stored")
     age = entry.initial_age + resident
     return msgspec.structs.replace(entry, initial_age=age, received=now)
+
+
+def _is_url(url: str) -> bool:
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 def _check_coding(entry: Entry) -> None:

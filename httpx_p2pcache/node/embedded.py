@@ -82,7 +82,7 @@ class EmbeddedNode:
         self._track(future)
 
         def begin(fleet: Fleet) -> None:
-            fleet.spawn(fleet.home.ask, question, future)
+            fleet.questions.ask(question, future)
 
         if not self._soon(begin):
             _settle(future, Unclaimed())
@@ -90,12 +90,12 @@ class EmbeddedNode:
 
     def publish(self, entry: Entry, claim: bytes, *, widely: bool, refreshed: bool = False) -> None:
         async def publish(fleet: Fleet) -> None:
-            await fleet.home.publish(entry, claim, widely=widely, refreshed=refreshed)
+            await fleet.questions.publish(entry, claim, widely=widely, refreshed=refreshed)
 
         self._soon(lambda fleet: fleet.spawn(publish, fleet))
 
     def release(self, claim: bytes, key: bytes, held: FleetClaim, verdict: Verdict) -> None:
-        self._soon(lambda fleet: fleet.spawn(fleet.home.release, claim, key, held.id, verdict))
+        self._soon(lambda fleet: fleet.spawn(fleet.questions.release, claim, key, held.id, verdict))
 
     def invalidate(self, keys: list[bytes]) -> Future[None]:
         future: Future[None] = Future()

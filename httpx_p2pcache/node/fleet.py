@@ -1,4 +1,6 @@
-"""The node's part in the fleet: who is a member, and who joins how. What they say about entries is in ``home``.
+"""The node's part in the fleet: who is a member, and who joins how.
+
+What they say about entries is in ``home`` and ``questions``.
 
 Everything here runs in the node's own trio loop. What a peer does wrong is caught where it is dialled, admitted,
 served, and in :meth:`Fleet.spawn`; it is counted, logged at debug, and nobody else notices.
@@ -42,7 +44,9 @@ from httpx_p2pcache.node.protocol import (
     TellQuota,
     admit,
 )
+from httpx_p2pcache.node.questions import Questions
 from httpx_p2pcache.node.search import BACK_OFF_SECONDS, GRACE_SECONDS, Candidate, Search
+from httpx_p2pcache.node.shelf import Shelf
 from httpx_p2pcache.node.worker import Worker
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
@@ -80,7 +84,9 @@ class Fleet:
 
     def __post_init__(self) -> None:
         self.host: Any = self._make_host()
+        self.shelf = Shelf(self)
         self.home = Home(self)
+        self.questions = Questions(self)
         self.search = Search(self, self._discoveries())
         self.presence = Presence(self)
         self.unreached = 0  # how many members of our members we cannot reach
@@ -115,6 +121,7 @@ class Fleet:
                 try:
                     async with trio.open_nursery() as self.nursery:
                         started()
+                        self.nursery.start_soon(self.questions.keep_time)
                         self.nursery.start_soon(self.search.run, self._get_ready)
                         self._every(WATCH_SECONDS, self.presence.watch)
                         self._every(LOOK_SECONDS, self.presence.let_go)
@@ -124,7 +131,7 @@ class Fleet:
                         await self.stopping.wait()
                         # What has been paid for is handed over first: a short process would share nothing else.
                         with trio.move_on_after(FAREWELL_SECONDS):
-                            await self.home.published()
+                            await self.questions.published()
                         self.nursery.cancel_scope.cancel()
                 finally:
                     with trio.CancelScope(shield=True), trio.move_on_after(0.5):
@@ -250,7 +257,7 @@ class Fleet:
                 # One step: what is under way is noted at the very moment in which the member becomes a home.
                 if link.peer_id in self.members:
                     self._is_ready(self.members[link.peer_id])
-                await link.send(Inventory(message.call, holds, self.home.fetching()))
+                await link.send(Inventory(message.call, holds, self.questions.fetching()))
             elif isinstance(message, Acquainted):
                 self._acquainted(link, message)
             elif isinstance(message, TellCounts):
@@ -432,6 +439,7 @@ class Fleet:
             del self.members[link.peer_id]
             self._called_ready.discard(link.peer_id)
             self.home.lost(link.peer_id)
+            self.questions.granter_lost(link.peer_id)
             candidate = self.search.candidates.get(link.peer_id)
             if candidate is not None:
                 candidate.next_try = trio.current_time() + BACK_OFF_SECONDS[0]

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 from libp2p.peer.id import ID
@@ -45,6 +45,18 @@ FRAMES_AT_ONCE = 32  # of one peer's, after which all else has a turn
 CALLS_AT_ONCE = 128  # of one peer's that we work on at a time; more wait in its stream
 
 
+class Party(Protocol):
+    """Who has made a call. Both are called in the turn of who has brought it, and wait for nobody."""
+
+    def answered(self, answer: Answering) -> None:
+        """Take what the peer says. Raises :class:`Rejected` for what is no answer to that call."""
+        ...
+
+    def end(self) -> None:
+        """There will be no answer: the peer is gone."""
+        ...
+
+
 class Link:
     """One admitted stream: frames both ways, many calls in flight. Everything runs in the node's loop.
 
@@ -57,8 +69,11 @@ class Link:
         self._limit = limit
         self._writing = Lock()
         self._room: Callable[[], int] = getattr(stream, "room", lambda: 0)
+        self._write_at_once: Callable[[bytes], bool] = getattr(stream, "write_at_once", lambda _: False)
+        self._between = False  # two frames: waiting for the next
+        self._frames = itertools.count(1)
         self._calls = itertools.count(1)
-        self._pending: dict[int, Pending] = {}
+        self._parties: dict[int, Party] = {}  # to calls that are under way
         self.peer_id = peer_id
         self.closed = trio.Event()
         self._reading = trio.CancelScope()
@@ -79,6 +94,8 @@ class Link:
         if self.closed.is_set():
             raise OSError("the link is closed")
         data = pack(frame)
+        if self._sent_at_once(data):
+            return
         try:
             if not self._writing.acquire_at_once():
                 with trio.fail_after(WRITE_SECONDS):
@@ -96,19 +113,40 @@ class Link:
             await self.close()
             raise OSError("the peer is gone") from exc
 
-    def open_call(self) -> Pending:
-        """A call to be sent with the number it has, and whose answers it receives."""
-        pending = Pending(self, next(self._calls))
-        self._pending[pending.number] = pending
-        return pending
+    def send_at_once(self, frame: Any) -> bool:
+        """Whether a frame could be written without waiting for anybody."""
+        return not self.closed.is_set() and self._sent_at_once(pack(frame))
+
+    def _sent_at_once(self, data: bytes) -> bool:
+        if not self._writing.free() or not self._write_at_once(data):
+            return False
+        self.sent += len(data)
+        return True
+
+    def expect(self, party: Party) -> int:
+        """The number of a call that is about to be sent, whose answers ``party`` is given until it is forgotten."""
+        number = next(self._calls)
+        self._parties[number] = party
+        return number
+
+    def forget(self, number: int) -> None:
+        """Whatever comes of that call."""
+        self._parties.pop(number, None)
 
     async def call(self, build: Callable[[int], Any], timeout: float) -> Answering:
-        """Send what ``build`` makes of the call's number, and receive its answer."""
-        with self.open_call() as pending:
+        """Send what ``build`` makes of the call's number, and receive its one answer."""
+        call = _Call()
+        number = self.expect(call)
+        try:
             with trio.move_on_after(timeout):
-                await self.send(build(pending.number))
-                return await pending.receive()
+                await self.send(build(number))
+                await call.over.wait()
+                if call.answer is None:
+                    raise OSError("the peer is gone")
+                return call.answer
             raise OSError("no answer in time")
+        finally:
+            self.forget(number)
 
     async def ping(self, timeout: float) -> float:
         """The round trip in seconds."""
@@ -119,18 +157,58 @@ class Link:
     async def serve(
         self,
         handle: Callable[[Link, Message], Awaitable[None]],
-        at_once: Callable[[Message], bool] = lambda _: False,
+        at_once: Callable[[Link, Message], bool] = lambda *_: False,
     ) -> None:
         """Read frames until the peer is gone or says something impossible; answers reach their calls.
 
-        What waits for nothing is handled ``at_once``, without a task of its own.
+        ``at_once`` sees first what there is room to answer, and says whether it has done that: it waits for nobody.
         """
+
+        def listen(data: bytes) -> bool:
+            """A whole frame that comes while we wait for one is dealt with in the turn of who has brought it."""
+            if not self._between or int.from_bytes(data[:4], "big") != len(data) - 4 or self._is_others_turn():
+                return False
+            try:
+                left = self._left_of(data[4:], at_once)
+            except Exception:  # who reads it meets the same, and does what has to be done
+                return False
+            self.received += 0 if left else len(data)
+            return left is None
+
+        getattr(self._stream, "listen", lambda _: None)(listen)
         # py-libp2p does not wake our own read when we reset the stream: close() ends it here.
         with self._reading:
             await self._serve(handle, at_once)
 
+    def _is_others_turn(self) -> bool:
+        return next(self._frames) % FRAMES_AT_ONCE == 0
+
+    async def read(self, n: int | None = None) -> bytes:
+        """At most ``n`` bytes of a frame."""
+        data: bytes = await self._stream.read(n)
+        self._between = False
+        self.received += len(data)
+        return data
+
+    def _left_of(self, body: bytes, at_once: Callable[[Link, Message], bool]) -> Message | None:
+        """The message in a frame, unless that could be dealt with in this moment. Raises :class:`Rejected`."""
+        message = unpack(body)
+        self.last = time.monotonic()
+        self.heard = trio.current_time()
+        if isinstance(message, USES):
+            self.used = self.heard
+        if isinstance(message, ANSWERS) and self._answered(message):
+            return None
+        # Only a reader gives the peer's windows back: two that waited here to write would wait for ever.
+        if self._writing.free() and self._room() >= FRAME_OVERHEAD:
+            if isinstance(message, Ping) and self.send_at_once(Done(message.call)):  # whatever else is under way
+                return None
+            if at_once(self, message):
+                return None
+        return message
+
     async def _serve(
-        self, handle: Callable[[Link, Message], Awaitable[None]], at_once: Callable[[Message], bool]
+        self, handle: Callable[[Link, Message], Awaitable[None]], at_once: Callable[[Link, Message], bool]
     ) -> None:
         at_work = trio.Semaphore(CALLS_AT_ONCE)
 
@@ -147,54 +225,38 @@ class Link:
 
         async with trio.open_nursery() as nursery:
             try:
-                for number in itertools.count(1):
-                    if number % FRAMES_AT_ONCE == 0:  # others have work to do as well
+                while True:
+                    if self._is_others_turn():
                         await trio.lowlevel.checkpoint()
-                    body = await read_frame(self._stream, self._limit)
-                    self.received += len(body)
-                    self.last = time.monotonic()
-                    message = unpack(body)
-                    self.heard = trio.current_time()
-                    if isinstance(message, USES):
-                        self.used = self.heard
-                    if isinstance(message, ANSWERS) and self._answered(message):
-                        continue
-                    # Only a reader gives the peer's windows back: two that waited here to write would wait for ever.
-                    roomy = self._writing.free() and self._room() >= FRAME_OVERHEAD
-                    if isinstance(message, Ping) and roomy:  # answered whatever else is under way
-                        await self.send(Done(message.call))
-                        continue
+                    self._between = True
+                    message = self._left_of(await read_frame(self, self._limit), at_once)
                     if isinstance(message, (Introduce, Acquainted)):  # what is said after it depends on it
                         await handle(self, message)
-                        continue
-                    await at_work.acquire()
-                    if roomy and at_once(message):
-                        await work(message)
-                    else:
+                    elif message is not None:
+                        if at_work.value:  # else a turn of the scheduler
+                            at_work.acquire_nowait()
+                        else:
+                            await at_work.acquire()
                         nursery.start_soon(work, message)
             except Exception as exc:  # the end of the stream, or something that is no frame of ours
                 logger.debug("a member is gone: %r", exc)
             finally:
+                self._between = False
                 nursery.cancel_scope.cancel()
                 await self.close()
 
     def _answered(self, answer: Answering) -> bool:
         """Whether somebody took the answer; what was granted to one who has given up is given back by the handler."""
-        pending = self._pending.get(answer.call)
-        if pending is None:
+        party = self._parties.get(answer.call)
+        if party is None:
             return not isinstance(answer, Granted)
-        pending.answered(answer)
+        party.answered(answer)
         return True
 
     @property
     def busy(self) -> bool:
         """Whether a call of ours is under way."""
-        return bool(self._pending)
-
-    def forget(self, number: int) -> None:
-        pending = self._pending.pop(number, None)
-        if pending is not None:
-            pending.end()
+        return bool(self._parties)
 
     async def close(self) -> None:
         """Everybody who waits for this peer is told that it is gone."""
@@ -202,8 +264,8 @@ class Link:
             return
         self.closed.set()
         self.introduced.set()
-        for number in list(self._pending):
-            self.forget(number)
+        while self._parties:
+            self._parties.popitem()[1].end()
         self._reading.cancel()
         with trio.CancelScope(shield=True), trio.move_on_after(0.5):
             try:
@@ -212,44 +274,21 @@ class Link:
                 pass
 
 
-class Pending:
-    """A call that has been numbered: receives one answer, or Wait and one more."""
+class _Call:
+    """One who waits for the one answer to a call."""
 
-    def __init__(self, link: Link, number: int) -> None:
-        self._link = link
-        self._answers: list[Answering] = []
-        self._something = trio.Event()
-        self._ended = False
-        self.number = number
-
-    async def receive(self) -> Answering:
-        """The next answer. Raises OSError when the peer is gone."""
-        while not self._answers:
-            if self._ended:
-                raise OSError("the peer is gone")
-            self._something = trio.Event()
-            await self._something.wait()
-        return self._answers.pop(0)
+    def __init__(self) -> None:
+        self.answer: Answering | None = None
+        self.over = trio.Event()
 
     def answered(self, answer: Answering) -> None:
-        if len(self._answers) == 2:
+        if self.answer is not None:
             raise Rejected("more answers than a call can have")
-        self._answers.append(answer)
-        self._something.set()
+        self.answer = answer
+        self.over.set()
 
     def end(self) -> None:
-        """There will be no more answers."""
-        self._ended = True
-        self._something.set()
-
-    def close(self) -> None:
-        self._link.forget(self.number)
-
-    def __enter__(self) -> Pending:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self.over.set()
 
 
 @dataclass

@@ -230,10 +230,14 @@ _ENCODER = msgspec.msgpack.Encoder()
 _Decoded = TypeVar("_Decoded")
 
 
-class ByteStream(Protocol):
-    """What frames are read from and written to: libp2p's stream, or one in memory."""
+class Readable(Protocol):
+    """What frames are read from."""
 
     async def read(self, n: int | None = None) -> bytes: ...
+
+
+class ByteStream(Readable, Protocol):
+    """What frames are written to as well: libp2p's stream, or one in memory."""
 
     async def write(self, data: bytes) -> None: ...
 
@@ -250,7 +254,7 @@ def unpack(body: bytes) -> Message:
     return message
 
 
-async def read_frame(stream: ByteStream, limit: int) -> bytes:
+async def read_frame(stream: Readable, limit: int) -> bytes:
     """The next frame's bytes. Raises EOFError at the end of the stream, :class:`Rejected` beyond ``limit`` bytes."""
     length = int.from_bytes(await _read_exactly(stream, 4), "big")
     if not 0 < length <= limit:
@@ -298,7 +302,7 @@ def _decoded(decoder: msgspec.msgpack.Decoder[_Decoded], body: bytes) -> _Decode
         raise Rejected("a frame that is none of this protocol's") from exc
 
 
-async def _read_exactly(stream: ByteStream, length: int) -> bytes:
+async def _read_exactly(stream: Readable, length: int) -> bytes:
     # Our own loop: py-libp2p's read_exactly gives up after about a hundred reads (7 MB).
     parts = bytearray()
     while len(parts) < length:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Callable, Generator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -31,6 +32,10 @@ class BodyMissing(Exception):
     """An entry came without its body, as we should hold it: but we do not."""
 
 
+class MustWait(Exception):
+    """It cannot be done without waiting."""
+
+
 class Shelf:
     """The store as the members see it."""
 
@@ -38,36 +43,19 @@ class Shelf:
         self._fleet = fleet
 
     async def select(self, question: Question) -> Stored | None:
-        held = await self.load(question.key)
-        now = time.time()
-        chosen = [
-            stored
-            for stored in held
-            if (question.any_identity or stored.entry.identity == question.identity or "public" in stored.control)
-            and stored.matches(question.method, question.selecting.get, any_identity=question.any_identity)
-            and (stored.entry.status == 200 or stored.entry.identity == question.identity)
-        ]
-        return max(
-            chosen, key=lambda s: (s.fresh(now), s.entry.identity == question.identity, -s.entry.age(now)), default=None
-        )
+        return chosen(await self.load(question.key), question)
 
     async def load(self, key: bytes) -> list[Stored]:
-        held = self._at_hand(key)
+        held = self.at_hand(key)
         return held if held is not None else await self._fleet.in_worker(partial(self._fleet.store.load, key))
 
-    def _at_hand(self, key: bytes) -> list[Stored] | None:
+    def at_hand(self, key: bytes) -> list[Stored] | None:
         """What is held of a key, if that can be found out without waiting."""
         store = self._fleet.store
-        held = store.peek(key)
-        if held is None:
-            with store.soon(key) as free:
-                held = store.load(key) if free else None
-        return held
-
-    def is_light(self, key: bytes) -> bool:
-        """Whether all that is held of a key can be looked at, sealed and sent in a moment."""
-        held = self._at_hand(key)
-        return held is not None and sum(len(stored.entry.body) for stored in held) <= LARGE
+        with store.soon(key) as free:
+            if free:
+                return store.load(key)
+        return store.peek(key)
 
     def sealed(self, stored: Stored, question: Question, keyring: Keyring) -> bytes:
         return self.seal(stored, keyring, light=stored.entry.digest == question.holds)
@@ -88,12 +76,41 @@ class Shelf:
     ) -> Stored | None:
         """An entry from a peer, checked and stored; None if it is not believed, not whole, or no longer valid.
 
-        Raises ``BodyMissing`` for one that is not whole unless ``missing_ok``.
+        Raises :class:`BodyMissing` for one that is not whole unless ``missing_ok``.
         """
+        steps = self._receiving(key, sealed, resident, keyring, missing_ok)
+        try:
+            func = next(steps)
+            while True:
+                try:
+                    result = await self._fleet.in_worker(func)
+                except Exception as exc:
+                    func = steps.throw(exc)
+                else:
+                    func = steps.send(result)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return] # a generator's return value is not typed here
+
+    def received_at_once(self, key: bytes, sealed: bytes, resident: float, keyring: Keyring) -> Stored | None:
+        """The same for one who does not wait. Raises :class:`MustWait`."""
+        if len(sealed) > LARGE:
+            raise MustWait
+        try:
+            next(self._receiving(key, sealed, resident, keyring, missing_ok=True))
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        raise MustWait
+
+    def _receiving(
+        self, key: bytes, sealed: bytes, resident: float, keyring: Keyring, missing_ok: bool
+    ) -> Generator[Callable[[], Any], Any, Stored | None]:
+        """Yields what has to be done in the worker, and is sent what came of it."""
         fleet = self._fleet
         try:
             entry = keyring.open_entry(sealed, key)
-            held = await self.load(key)
+            held = self.at_hand(key)
+            if held is None:
+                held = yield partial(fleet.store.load, key)
             if not entry.body and entry.digest != EMPTY:
                 body = next((s.entry.body for s in held if s.entry.digest == entry.digest), None)
                 if body is None and not missing_ok:
@@ -104,7 +121,7 @@ class Shelf:
             now = time.time()
             check = partial(believed, entry, resident, now, fleet.settings.max_body_size)
             takes_long = len(entry.body) > LARGE and "content-encoding" in entry.headers
-            entry = await fleet.in_worker(check) if takes_long else check()
+            entry = (yield check) if takes_long else check()
         except Rejected as exc:
             logger.debug("an entry from a peer was not believed: %s", exc)
             fleet.stats.add("rejected")
@@ -121,7 +138,7 @@ class Shelf:
         with fleet.store.soon(key, len(entry.body)) as free:
             if free and fleet.store.behind:
                 return fleet.store.save(entry, since=since)
-        return await fleet.in_worker(partial(fleet.store.save, entry, since=since))
+        return (yield partial(fleet.store.save, entry, since=since))  # type: ignore[no-any-return]
 
 
 class Parcel:
@@ -142,6 +159,21 @@ class Parcel:
             entry = msgspec.structs.replace(self.entry, body=b"") if light else self.entry
             self._sealed[form] = keyring.seal_entry(entry)
         return self._sealed[form]
+
+
+def chosen(held: list[Stored], question: Question) -> Stored | None:
+    """Of all that is held of a key, the entry that helps an asker most."""
+    now = time.time()
+    fit = [
+        stored
+        for stored in held
+        if (question.any_identity or stored.entry.identity == question.identity or "public" in stored.control)
+        and stored.matches(question.method, question.selecting.get, any_identity=question.any_identity)
+        and (stored.entry.status == 200 or stored.entry.identity == question.identity)
+    ]
+    return max(
+        fit, key=lambda s: (s.fresh(now), s.entry.identity == question.identity, -s.entry.age(now)), default=None
+    )
 
 
 EMPTY = hashlib.sha256(b"").digest()[:16]

@@ -4,7 +4,9 @@ A turn of trio's scheduler is a system call, and gives the interpreter to whiche
 whose own threads are at work, for up to 5 ms. A frame takes about twenty such turns through py-libp2p 0.8: for locks
 that nobody holds, for reading a length and then what it is the length of, and after each write. A writer that has used
 up its window looks every 10 ms whether there is more. Here data and window updates, the two frames that are not rare,
-go straight from and to the connection; all other frames, a stream's states and its end are py-libp2p's.
+go straight from and to the connection; all other frames, a stream's states and its end are py-libp2p's. What can be
+written, or taken as it comes, without waiting for anybody takes no turn at all (:meth:`Stream.write_at_once`,
+:meth:`Stream.listen`).
 
 What goes over the wire is the same: Noise, and Yamux (https://github.com/hashicorp/yamux/blob/master/spec.md).
 """
@@ -12,8 +14,10 @@ What goes over the wire is the same: Noise, and Yamux (https://github.com/hashic
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -29,6 +33,8 @@ from libp2p.stream_muxer.yamux.yamux import (
     YAMUX_HEADER_FORMAT,
     Yamux,
 )
+
+logger = logging.getLogger("httpx_p2pcache")
 
 CHUNK = 64 * 1024  # bytes read at once: what is small comes many at a time
 ACKNOWLEDGED_AT_ONCE = 64 * 1024  # bytes: a quarter of a stream's first window
@@ -102,12 +108,41 @@ class Direct:
     async def write(self, data: bytes) -> None:
         """All of ``data``; no turn of the scheduler if the kernel takes it at once."""
         async with self._writing:
-            sent, descriptor = 0, self._inner.stream.socket.fileno()
-            if descriptor >= 0 and os.name == "posix":  # else it is closed; elsewhere a socket is no file
-                with contextlib.suppress(OSError):  # it is full, or broken
-                    sent = os.write(descriptor, data)
+            sent = self._taken(data)
             if sent < len(data):
                 await self._inner.write(data[sent:])
+
+    def free(self) -> bool:
+        """Whether nobody is writing."""
+        return self._writing.free()
+
+    def write_at_once(self, data: bytes) -> None:
+        """The same, while it is :meth:`free`, for one who does not wait: what the kernel does not take is written on.
+
+        If that fails, who reads hears of it.
+        """
+        self._writing.acquire_at_once()
+        sent = self._taken(data)
+        if sent < len(data):
+            trio.lowlevel.spawn_system_task(self._write_on, data[sent:])
+        else:
+            self._writing.release()
+
+    async def _write_on(self, rest: bytes) -> None:
+        try:
+            await self._inner.write(rest)
+        except Exception as exc:
+            logger.debug("a connection has broken: %r", exc)
+        finally:
+            self._writing.release()
+
+    def _taken(self, data: bytes) -> int:
+        """How many bytes of ``data`` the kernel has taken."""
+        descriptor = self._inner.stream.socket.fileno()
+        if descriptor >= 0 and os.name == "posix":  # else it is closed; elsewhere a socket is no file
+            with contextlib.suppress(OSError):  # it is full, or broken
+                return os.write(descriptor, data)
+        return 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -127,8 +162,16 @@ class Muxer(Yamux):  # type: ignore[misc] # py-libp2p is not typed for mypy
         self.widened = trio.Event()  # set, and made anew, whenever a peer has widened a stream's window
 
     async def _write_frame(self, data: bytes) -> None:
-        async with self._write_lock:
-            await self.secured_conn.write(data)
+        if not self.write_at_once(data):
+            async with self._write_lock:
+                await self.secured_conn.write(data)
+
+    def write_at_once(self, data: bytes) -> bool:
+        """Whether a frame that fills no more than one message of Noise could be written without waiting."""
+        if len(data) > HEADER_SIZE + MAX_PAYLOAD or not self._write_lock.free():
+            return False
+        written: bool = self.secured_conn.write_at_once(data)
+        return written
 
 
 class Sieve:
@@ -201,11 +244,22 @@ class Sieve:
         self._plain += self._secured.conn.decrypt(message) if message else await self._secured.read(None)
 
     def _received(self, data: bytes) -> None:
-        muxer = self._muxer
-        if self._stream in muxer.streams:  # else it has been reset meanwhile
-            muxer.stream_buffers[self._stream] += data
-            muxer.streams[self._stream].recv_window -= len(data)
-            muxer.stream_events[self._stream].set()
+        muxer, number = self._muxer, self._stream
+        if number in muxer.streams:  # else it has been reset meanwhile
+            stream, buffer = muxer.streams[number], muxer.stream_buffers[number]
+            stream.recv_window -= len(data)
+            listener = getattr(stream, "listener", None)
+            if buffer or listener is None or not listener(data):
+                buffer += data
+                muxer.stream_events[number].set()
+
+    def write_at_once(self, data: bytes) -> bool:
+        """Whether that could be done without waiting."""
+        if not self._raw.free():
+            return False
+        sealed = self._secured.conn.encrypt(data)
+        self._raw.write_at_once(len(sealed).to_bytes(2, "big") + sealed)
+        return True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._secured, name)
@@ -245,9 +299,34 @@ class Stream:
             await muxed._auto_tune_and_send_window_update(bytes_read=due)
         return taken
 
+    def listen(self, listener: Callable[[bytes], bool]) -> None:
+        """Show data to ``listener`` as it comes, where none waits to be read. It is to be read unless that says true.
+
+        It is called in the turn of the connection's reader, must not wait, and raises nothing.
+        """
+
+        def taken(data: bytes) -> bool:
+            # The window is given back by who reads.
+            if self._read + len(data) >= ACKNOWLEDGED_AT_ONCE or not listener(data):
+                return False
+            self._read += len(data)
+            return True
+
+        self._muxed.listener = taken
+
     def room(self) -> int:
         """How many bytes can be written without waiting for the peer to read."""
         return 0 if self._muxed.closed else int(self._muxed.send_window)
+
+    def write_at_once(self, data: bytes) -> bool:
+        """Whether ``data`` could be written without waiting for anybody: it is little, and nobody else is writing."""
+        muxed = self._muxed
+        if len(data) > min(muxed.send_window, MAX_PAYLOAD) or muxed.send_closed or muxed.closed:
+            return False
+        if not self._muxer.write_at_once(_HEADER.pack(0, TYPE_DATA, 0, self._number, len(data)) + data):
+            return False
+        muxed.send_window -= len(data)
+        return True
 
     async def write(self, data: bytes) -> None:
         """All of ``data``; waits only for the peer's window, and for the kernel. One task at a time writes."""

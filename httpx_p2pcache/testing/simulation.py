@@ -18,7 +18,6 @@ import hashlib
 import importlib
 import itertools
 import random
-import sqlite3
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -50,7 +49,7 @@ from httpx_p2pcache.node.host import CONNECT_SECONDS
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
-from httpx_p2pcache.store import Store
+from httpx_p2pcache.store import Store, connect
 from httpx_p2pcache.testing.origin import github_etag
 
 EPOCH = 1_800_000_000.0  # Unix time at which every simulation begins
@@ -387,7 +386,7 @@ class _Network(EmbeddedNode):
 class _MemoryStore(Store):
     def _open(self) -> Any:
         if self._storage is None:
-            self._use(sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None))
+            self._use(connect(":memory:"))
         return self._storage
 
 

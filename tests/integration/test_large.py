@@ -83,8 +83,10 @@ def test_when_a_home_leaves_the_others_go_on(runners: list[P2PCacheTransport], o
 
 
 def agreed(runners: list[P2PCacheTransport]) -> bool:
-    """Whether they see the same nodes as homes, all of which are there, and reach whom they want to reach."""
+    """Whether they see the same nodes as homes, all of which are there, and reach whom they want to reach, as all know."""
     there = {runner.stats()["peer_id"] for runner in runners}
-    seen = {runner._exchange.network._fleet.core for runner in runners}  # type: ignore[attr-defined] # nobody else wants it
-    reached = [runner.stats()["unreached"] for runner in runners]
+    fleets = [runner._exchange.network._fleet for runner in runners]  # type: ignore[attr-defined] # nobody else wants it
+    seen = {fleet.core for fleet in fleets}
+    reached = [fleet.unreached for fleet in fleets]
+    reached += [member.unreached for fleet in fleets for member in list(fleet.members.values())]
     return len(seen) == 1 and {str(peer_id) for peer_id in next(iter(seen))} <= there and not any(reached)

@@ -322,6 +322,9 @@ def test_two_members_that_ask_each_other_for_more_than_a_window_are_both_answere
         async def handle(link: Link, message: Any) -> None:
             await link.send(Found(message.call, bytes(size), 0.0))
 
+        def at_once(link: Link, message: Any) -> bool:
+            return isinstance(message, Ask) and link.send_at_once(Found(message.call, bytes(size), 0.0))
+
         there: list[Any] = []
         come = trio.Event()
 
@@ -336,7 +339,7 @@ def test_two_members_that_ask_each_other_for_more_than_a_window_are_both_answere
             keyring = Keyring(b"secret", "fleet")
             links = [Link(one, host.id, keyring, 10 * size) for one in (stream, there[0])]
             for link in links:
-                nursery.start_soon(link.serve, handle, lambda message: isinstance(message, Ask))
+                nursery.start_soon(link.serve, handle, at_once)
             answered = []
 
             async def ask(link: Link) -> None:
