@@ -201,6 +201,7 @@ class Flights:
         self._table: ClaimTable[Seat] = ClaimTable(timeout)
         self._clock = clock
         self._lock = threading.Lock()
+        self.landed = 0  # flights so far: who has looked for what they bring need not look again while none has landed
 
     def ask(self, key: bytes, caller: Hashable) -> Granted | Future[Tidings] | Go:
         """The claim itself, leave to go without, or a future that will hold one of these or :class:`Look`.
@@ -219,6 +220,7 @@ class Flights:
     def release(self, key: bytes, id_: int, verdict: Verdict) -> None:
         """End the claim ``id_``; a claim that has passed to another is left alone."""
         with self._lock:
+            self.landed += 1
             told = self._table.release(key, id_, verdict, self._clock())
         self._tell(told)
 

@@ -98,7 +98,7 @@ class Lookup:
         # Where every identity can use the answer in some way, the whole fleet waits for one fetch.
         claim = claim_key(self.request, "" if self.pooled else self.asker.identity)
         lease = Lease(exchange, self.key, claim)
-        source = "local"
+        source, landed = "local", exchange.flights.landed
         try:
             state = yield from self._look()
             if isinstance(state, Stored):
@@ -121,14 +121,19 @@ class Lookup:
             if isinstance(ticket, Granted):
                 lease.flight = ticket.id
             # Look again inside the flight: between our look-up and the ticket another flight may have landed.
-            state = yield from self._look()
-            if isinstance(state, Stored):
-                lease.settle(Verdict.PUBLISHED)
-                return self._serve(state, source)
+            if exchange.flights.landed != landed:
+                state = yield from self._look()
+                if isinstance(state, Stored):
+                    lease.settle(Verdict.PUBLISHED)
+                    return self._serve(state, source)
 
-            if lease.flight is not None and (yield from self._ask_the_fleet(lease)):
+            found = (yield from self._ask_the_fleet(lease)) if lease.flight is not None else None
+            if found is not None:
                 source = "peer"
-            if source == "peer" or lease.fleet is not None:
+                if found.stored is not None and self.plain and exchange.fresh(self.seen, self.asker, [found.stored]):
+                    lease.settle(Verdict.PUBLISHED)
+                    return self._serve(found.stored, source)
+            if source == "peer" or (lease.fleet is not None and lease.fleet.brought):
                 state = yield from self._look()
                 if isinstance(state, Stored):
                     lease.settle(Verdict.PUBLISHED)
@@ -253,21 +258,21 @@ class Lookup:
     def _stored(self, shown: hishel.Entry) -> Stored:
         return next(stored for stored in self.held if stored.id == shown.id)
 
-    def _ask_the_fleet(self, lease: Lease) -> Generator[Effect, Any, bool]:
-        """Step 3: true if an entry has come from a peer; the lease holds the fleet's claim if it was granted."""
+    def _ask_the_fleet(self, lease: Lease) -> Generator[Effect, Any, Found | None]:
+        """Step 3: what has come from a peer; the lease holds the fleet's claim if it was granted."""
         exchange = self.exchange
         settings = exchange.settings
         if self.shown.headers:  # it demands validation end to end: no peer can answer that
-            return False
+            return None
         if exchange.may_wait_to_join:
             yield Wait(exchange.network.joined(), settings.join_timeout)
             exchange.may_wait_to_join = False
         if not exchange.network.active:
-            return False
+            return None
         names = [name for name in self.request.headers if name not in _UNSELECTIVE]
         selecting = exchange.keyring.selecting(self.seen.headers, names)
         if not may_select(selecting):
-            return False
+            return None
         question = Question(
             key=self.key,
             claim=lease.claim,
@@ -288,14 +293,14 @@ class Lookup:
             self.collapsed = True
             answer = yield from lease.wait(answer.answer, max(0.0, until - time.monotonic()))
         if isinstance(answer, Found):
-            return True
+            return answer
         self.collapsed = False
         if isinstance(answer, FleetClaim):
             lease.fleet = answer
         elif answer is None:
             exchange.stats.add("peer_timeouts")
             exchange.stats.add("peer_failures")
-        return False
+        return None
 
     def _fetch(self, state: hishel.AnyState, lease: Lease) -> Way:
         """Steps 5 to 7."""

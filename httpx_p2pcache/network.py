@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -15,6 +15,9 @@ from msgspec import Meta
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Digest, Entry
 from httpx_p2pcache.quota import Quota
+
+if TYPE_CHECKING:
+    from httpx_p2pcache.stored import Stored
 
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 MAX_SELECTING = 8 * 1024  # characters of a request's fields that are sent in a question: many times what is usual
@@ -50,14 +53,17 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 @dataclass(frozen=True)
 class Found:
-    """An entry, checked and stored here."""
+    """An entry, checked and stored here; which one, if it has come just now into this process."""
+
+    stored: Stored | None = None
 
 
 @dataclass(frozen=True)
 class FleetClaim:
-    """The fleet's claim ``id`` is ours: we fetch for all. A stale entry may have been stored here by the way."""
+    """The fleet's claim ``id`` is ours: we fetch for all. ``brought``: a stale entry may have come with it."""
 
     id: int
+    brought: bool = True
 
 
 @dataclass(frozen=True)

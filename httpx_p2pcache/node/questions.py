@@ -150,7 +150,7 @@ class Questions:
         stored = chosen(held, asked)
         holder = None if helps(stored, asked) else fleet.home.holder_of(asked.key)
         if holder is None:
-            self._ask_here(question, stored)
+            self._ask_here(question, stored, brought=False)
             return True
         return self._sent_at_once(question, holder, forwarded=True)
 
@@ -252,9 +252,9 @@ class Questions:
             else:
                 self._ask_here(question, chosen(held, question.asked))
         elif isinstance(answer, Granted):
-            self._granted(question, answer.id, link.peer_id)
+            self._granted(question, answer.id, link.peer_id, brought=bool(answer.sealed))
         else:
-            self._resolve(question, Unclaimed() if stored is None else network.Found())
+            self._resolve(question, Unclaimed() if stored is None else network.Found(stored))
 
     def _await(self, question: _Question) -> None:
         """Somebody fetches it: what is told of it is the answer to a future of its own."""
@@ -310,24 +310,24 @@ class Questions:
         finally:
             self._ask_here(question, stored)
 
-    def _ask_here(self, question: _Question, stored: Stored | None) -> None:
-        """The same question to this node, which holds ``stored``."""
+    def _ask_here(self, question: _Question, stored: Stored | None, *, brought: bool = True) -> None:
+        """The same question to this node, which holds ``stored``; ``brought``: perhaps since it was asked."""
         asked, ours = question.asked, self._fleet.host.id
         if helps(stored, asked):
-            self._resolve(question, network.Found())
+            self._resolve(question, network.Found(stored))
             return
         self._own_calls += 1
 
         def tell(tidings: Tidings) -> None:
             self._drop(question)
             if isinstance(tidings, ClaimGranted):
-                self._granted(question, tidings.id, ours)
+                self._granted(question, tidings.id, ours, brought=True)
             else:
                 self._resolve(question, network.Found() if isinstance(tidings, Look) else Unclaimed())
 
         answer = self._fleet.home.claim_here(asked.claim, self._own_calls, tell)
         if isinstance(answer, ClaimGranted):
-            self._granted(question, answer.id, ours)
+            self._granted(question, answer.id, ours, brought=brought)
         elif isinstance(answer, Pending):
             self._await(question)
         else:
@@ -335,10 +335,10 @@ class Questions:
 
     # What this node fetches
 
-    def _granted(self, question: _Question, id_: int, granter: ID) -> None:
+    def _granted(self, question: _Question, id_: int, granter: ID, *, brought: bool) -> None:
         ends = trio.current_time() + self._life
         self._fetching[question.asked.claim] = _Fetch(question.asked.key, id_, ends, granter)
-        self._resolve(question, FleetClaim(id_))
+        self._resolve(question, FleetClaim(id_, brought))
 
     def _resolve(self, question: _Question, answer: Answer) -> None:
         """Set an answer that is not set yet; a claim that nobody waits for any more is given back."""

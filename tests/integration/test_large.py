@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
@@ -83,9 +84,9 @@ def test_when_a_home_leaves_the_others_go_on(runners: list[P2PCacheTransport], o
 
 
 def agreed(runners: list[P2PCacheTransport]) -> bool:
-    """Whether they see the same nodes as homes, all of which are there, and reach whom they want to reach, as all know."""
+    """Whether they see the same nodes as homes, all of which are there, and reach whom they want to, as all know."""
     there = {runner.stats()["peer_id"] for runner in runners}
-    fleets = [runner._exchange.network._fleet for runner in runners]  # type: ignore[attr-defined] # nobody else wants it
+    fleets: list[Any] = [runner._exchange.network._fleet for runner in runners]  # type: ignore[attr-defined]
     seen = {fleet.core for fleet in fleets}
     reached = [fleet.unreached for fleet in fleets]
     reached += [member.unreached for fleet in fleets for member in list(fleet.members.values())]
