@@ -42,8 +42,7 @@ def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> E
         raise Rejected("it holds credentials in clear")
     if len(entry.body) > max_body_size:
         raise Rejected("its body is larger than CACHE_MAX_BODY_SIZE")
-    _check_fields(entry.headers)
-    _check_fields({name: [value] for name, value in entry.selecting.items()})
+    _check_fields(entry.headers, entry.selecting)
     if "set-cookie" in entry.headers or "*" in vary_names(entry.headers):
         raise Rejected("it is for one user or one request only")
     date = http_date(entry.first("date"))
@@ -89,16 +88,18 @@ def _check_coding(entry: Entry) -> None:
         raise Rejected("its body breaks off")
 
 
-def _check_fields(headers: dict[str, list[str]]) -> None:
-    if not headers:
+def _check_fields(headers: dict[str, list[str]], selecting: dict[str, str]) -> None:
+    """The fields of a response, and those of its request."""
+    fields = [*headers, *selecting]
+    lines = [line for values in headers.values() for line in values] + [*selecting.values()]
+    if not fields:
         return
-    lines = [line for values in headers.values() for line in values]
-    size = sum(len(name) * len(values) for name, values in headers.items()) + sum(map(len, lines))
-    if len(lines) > MAX_FIELDS or size > MAX_FIELD_BYTES:
+    size = sum(len(name) * len(values) for name, values in headers.items()) + sum(map(len, selecting))
+    if len(lines) > MAX_FIELDS or size + sum(map(len, lines)) > MAX_FIELD_BYTES:
         raise Rejected("it has too many or too large fields")
     if not all(headers.values()):
         raise Rejected("it has a field without a line")
-    names, values = "\n".join(headers), "\n".join(lines)
-    breaks = names.count("\n") - len(headers) + values.count("\n") - len(lines) + 2  # that are none of ours
+    names, values = "\n".join(fields), "\n".join(lines)
+    breaks = names.count("\n") - len(fields) + values.count("\n") - len(lines) + 2  # that are none of ours
     if breaks or not _NAMES.fullmatch(names) or not _VALUES.fullmatch(values):
         raise Rejected("it has a field that RFC 9110 §5 does not allow")

@@ -159,9 +159,6 @@ class EmbeddedNode:
             if self._fleet is not None and not self._closing:
                 func(self._fleet)
 
-        if threading.get_ident() == self._thread.ident:  # a daemon's
-            call()
-            return True
         try:
             token.run_sync_soon(call)
         except RuntimeError:  # the loop has ended

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -40,7 +41,7 @@ from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.network import Question
 from httpx_p2pcache.node.host import Host
 from httpx_p2pcache.node.members import Link
-from httpx_p2pcache.node.protocol import PROTOCOL_ID, Ask, Found
+from httpx_p2pcache.node.protocol import PROTOCOL_ID, Ask, Found, pack
 from httpx_p2pcache.node.shortcuts import Muxer, Sieve, Stream
 
 pytestmark = pytest.mark.p2p
@@ -351,6 +352,71 @@ def test_two_members_that_ask_each_other_for_more_than_a_window_are_both_answere
                         asking.start_soon(ask, link)
             assert len(answered) == 2 * count
             assert not any(link.closed.is_set() for link in links)
+            nursery.cancel_scope.cancel()
+
+    play(scene)
+
+
+def test_what_is_written_at_once_arrives_in_order_though_the_kernel_takes_only_some_of_it() -> None:
+    pieces = [random.Random(number).randbytes(50_000) for number in range(5)]  # the window holds no more
+
+    async def scene() -> None:
+        arrived: list[bytes] = []
+        over = trio.Event()
+
+        async def serve(stream: Any) -> None:
+            arrived.append(await read(stream, 5 * 50_000 + 3))
+            over.set()
+
+        async with pair(serve) as (_, connect):
+            stream = await connect()
+            raw = stream.muxed_conn.secured_conn._raw
+            raw._inner.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10_000)
+            taken = [stream.write_at_once(piece) for piece in pieces[:2]]
+            assert taken == [True, False]  # the rest of the first is being written
+            assert not raw.free()
+            for piece in pieces[1:]:
+                await stream.write(piece)
+            while not stream.write_at_once(b"end"):
+                await trio.lowlevel.checkpoint()
+            await over.wait()
+        assert arrived == [b"".join(pieces) + b"end"]
+
+    play(scene)
+
+
+def test_answers_that_come_by_themselves_give_the_window_back() -> None:
+    """They are dealt with where they are read from the connection, and not by who reads the stream."""
+    question = Question(key=bytes(32), claim=bytes(16), method="GET", identity="", selecting={})
+    count, size = 60, 20_000  # four windows
+
+    async def scene() -> None:
+        there: list[Any] = []
+        come = trio.Event()
+
+        async def serve(stream: Any) -> None:
+            there.append(stream)
+            come.set()
+            await trio.sleep_forever()
+
+        async def handle(link: Link, message: Any) -> None:
+            raise AssertionError("it was to be answered at once")
+
+        def at_once(link: Link, message: Any) -> bool:
+            return link.send_at_once(Found(message.call, bytes(size), 0.0))
+
+        async with pair(serve) as (host, connect), trio.open_nursery() as nursery:
+            stream = await connect()
+            await come.wait()
+            keyring = Keyring(b"secret", "fleet")
+            asks, answers = (Link(one, host.id, keyring, 10 * size) for one in (stream, there[0]))
+            for link in (asks, answers):
+                nursery.start_soon(link.serve, handle, at_once)
+            for _ in range(count):
+                answer = await asks.call(lambda number: Ask(number, question), SECONDS)
+                assert isinstance(answer, Found)
+                assert answer.sealed == bytes(size)
+            assert asks.received == answers.sent == count * len(pack(Found(count, bytes(size), 0.0)))
             nursery.cancel_scope.cancel()
 
     play(scene)
