@@ -77,7 +77,7 @@ def run() -> dict[str, Any]:
                 one.get(f"{URL}/issues", headers={"Cache-Control": "no-cache"})
 
         first = client("ours", "first")
-        forget = first._transport._exchange.store._forget_all  # type: ignore[attr-defined] # the public API has none
+        forget = first._transport._exchange.store._memory.clear  # type: ignore[attr-defined] # the public API has none
         calls = {
             **{(kind, "quiet"): _caller(client(kind, "quiet"), int) for kind in KINDS},
             **{(kind, "busy"): _caller(client(kind, "busy"), neighbours_store) for kind in KINDS},

@@ -37,8 +37,8 @@ MUTANTS = [
     ),
     Mutant(
         "store.py",
-        "remembered.rows is None or remembered.rows != _states(self._rows(key))",
-        "remembered.rows is None",
+        "if remembered.state != state_of(self._connected.rows(key)):",
+        "if False:",
         "unit/test_store.py::test_memory_is_given_up_when_another_store_has_renewed_an_entry",
     ),
     Mutant(
@@ -46,6 +46,19 @@ MUTANTS = [
         "if kind == TYPE_DATA and length > window:",
         "if False:",
         "integration/test_shortcuts.py::test_who_sends_more_than_the_window_is_cut_off_and_nobody_else_is",
+    ),
+    Mutant(
+        "node/questions.py",
+        "                self._overdue(question)\n",
+        "                self._drop(question)\n",
+        "integration/test_processes.py"
+        "::test_a_frozen_process_fails_no_request_and_delays_none_is_let_go_and_comes_back_once_it_goes_on",
+    ),
+    Mutant(
+        "lookup.py",
+        "if exchange.flights.landed != landed:",
+        "if False:",
+        "integration/test_transport.py::test_fifty_threads_that_ask_one_cold_url_make_one_call",
     ),
     Mutant(
         "store.py",
@@ -219,10 +232,16 @@ MUTANTS = [
         "store.py",
         'logging.getLogger("hishel._core._storages._sync_sqlite").addFilter(_SaidOnce())',
         "",
-        f"{FAULTS}::test_on_a_full_disk_requests_are_answered_and_it_is_said_no_more_than_once",
+        f"{FAULTS}::test_a_database_that_somebody_holds_for_long_delays_a_request_by_no_more_than_a_write_may_wait",
     ),
     Mutant(
         "store.py",
+        "            self.complain()\n        return free",
+        "        return free",
+        f"{FAULTS}::test_on_a_full_disk_requests_are_answered_and_it_is_said_once",
+    ),
+    Mutant(
+        "database.py",
         "isolation_level=None, timeout=BUSY_MS / 1000",
         "isolation_level=None, timeout=5",
         f"{FAULTS}::test_a_database_that_nobody_else_can_even_read_is_not_waited_for_long",

@@ -37,6 +37,7 @@ from hishel import Headers
 from libp2p.peer.id import ID
 
 from httpx_p2pcache.answers import Answer, Discard, Effect, Read, Reply, Run, Wait
+from httpx_p2pcache.database import connect
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exchange import Exchange
 from httpx_p2pcache.github import GitHub
@@ -49,7 +50,7 @@ from httpx_p2pcache.node.host import CONNECT_SECONDS
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
-from httpx_p2pcache.store import Store, connect
+from httpx_p2pcache.store import Store
 from httpx_p2pcache.testing.origin import github_etag
 
 EPOCH = 1_800_000_000.0  # Unix time at which every simulation begins

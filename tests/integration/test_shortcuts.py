@@ -388,7 +388,7 @@ def test_what_is_written_at_once_arrives_in_order_though_the_kernel_takes_only_s
 def test_answers_that_come_by_themselves_give_the_window_back() -> None:
     """They are dealt with where they are read from the connection, and not by who reads the stream."""
     question = Question(key=bytes(32), claim=bytes(16), method="GET", identity="", selecting={})
-    count, size = 60, 20_000  # four windows
+    count, size = 60, 65_000  # twice what the window is after such a beginning, in frames of one message of Noise
 
     async def scene() -> None:
         there: list[Any] = []

@@ -22,6 +22,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from made import URL, an_entry, said
 from waiting import eventually
 
+from httpx_p2pcache import behind as behind_module
+from httpx_p2pcache import database as database_module
+from httpx_p2pcache import memory as memory_module
 from httpx_p2pcache import store as store_module
 from httpx_p2pcache.entries import Entry, Keyring, cache_key
 from httpx_p2pcache.files import local_secret
@@ -233,7 +236,7 @@ def test_reading_notes_when_an_entry_was_used_and_waits_for_nobody_who_writes(
         other.execute("BEGIN IMMEDIATE")
         began = time.monotonic()
         assert held(b) == [entry]
-        assert time.monotonic() - began < store_module.BUSY_MS / 2000
+        assert time.monotonic() - began < database_module.BUSY_MS / 2000
         assert used() == after
         other.execute("ROLLBACK")
 
@@ -241,7 +244,7 @@ def test_reading_notes_when_an_entry_was_used_and_waits_for_nobody_who_writes(
 def test_what_was_used_longest_ago_leaves_memory_first_and_stays_on_disk(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MEMORY_BYTES", 250_000)
+    monkeypatch.setattr(memory_module, "MEMORY_BYTES", 250_000)
     urls = [f"https://a.test/{number}" for number in range(3)]
     keys = [cache_key(url) for url in urls]
     for url in urls[:2]:
@@ -253,7 +256,7 @@ def test_what_was_used_longest_ago_leaves_memory_first_and_stays_on_disk(
 
 
 def test_a_body_larger_than_memory_is_held_until_the_next(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "MEMORY_BYTES", 100)
+    monkeypatch.setattr(memory_module, "MEMORY_BYTES", 100)
     saved(store, body=bytes(1000))
     assert store.peek(KEY) is not None
     saved(store, url=URL + "?2", body=b"")
@@ -670,7 +673,7 @@ def test_an_entry_for_one_request_only_is_never_fresh(store: Store) -> None:
 @pytest.fixture
 def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, Store]]:
     """One that writes nothing before it has to, and another that sees the file."""
-    monkeypatch.setattr(store_module, "BEHIND_SECONDS", 60.0)
+    monkeypatch.setattr(behind_module, "BEHIND_SECONDS", 60.0)
     behind, other = open_store(tmp_path / "store", behind=True), open_store(tmp_path / "store")
     yield behind, other
     behind.close()
@@ -903,7 +906,7 @@ def test_nothing_is_invalidated_by_no_keys(store: Store) -> None:
 def test_who_brings_more_than_may_be_unwritten_waits_for_the_disk(
     apart: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MAX_UNWRITTEN", 4000)
+    monkeypatch.setattr(behind_module, "MAX_UNWRITTEN", 4000)
     behind, other = apart
     saved(behind, body=bytes(900))
     assert held(other) == []
@@ -917,7 +920,7 @@ def test_the_thread_that_writes_ends_when_there_is_nothing_to_write(
     def writers() -> list[str]:
         return [thread.name for thread in threading.enumerate() if thread.name == "p2pcache-store"]
 
-    monkeypatch.setattr(store_module, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(behind_module, "IDLE_SECONDS", 0.05)
     behind = open_store(tmp_path / "store", behind=True)
     for query in ("?1", "?2"):  # the second begins another
         saved(behind, url=URL + query)
@@ -935,8 +938,8 @@ def test_the_thread_that_writes_ends_when_there_is_nothing_to_write(
 @pytest.mark.parametrize("how", ["", "os.kill(os.getpid(), 15)", "raise KeyboardInterrupt", "store.close()"])
 def test_a_process_that_ends_has_written_all_unless_it_is_killed(tmp_path: Path, how: str) -> None:
     script = f"""
-from httpx_p2pcache import store as store_module
-store_module.BEHIND_SECONDS = 60.0
+from httpx_p2pcache import behind
+behind.BEHIND_SECONDS = 60.0
 store.behind = True
 store.save(an_entry())
 print("null", flush=True)
@@ -954,8 +957,8 @@ def test_what_is_unwritten_at_a_fork_is_written_once(tmp_path: Path) -> None:
     seen = in_another_process(
         tmp_path,
         """
-from httpx_p2pcache import store as store_module
-store_module.BEHIND_SECONDS = 60.0
+from httpx_p2pcache import behind
+behind.BEHIND_SECONDS = 60.0
 store.behind = True
 store.save(an_entry())
 child = os.fork()
