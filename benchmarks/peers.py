@@ -25,13 +25,16 @@ from httpx_p2pcache.testing import Origin, Resource
 
 SIZES = {"2 KB": 2_000, "24 KB": 24_000, "170 KB": 170_000, "5 MB": 5_000_000}
 # A runner, in a process of its own as all are. Told "ours URL" or "bare URL", it asks, with sharing or without, and
-# says how many milliseconds that took, and where it came from; told "stats", what its transport has counted.
+# says how many milliseconds that took, and where it came from; "none URL" is answered where a transport begins, so that
+# it shows what httpx's client takes itself. Told "stats", it says what its transport has counted.
 _RUNNER = """
 import json, sys, time, httpx
 from httpx_p2pcache import P2PCacheTransport
 transport = P2PCacheTransport()
 transport.wait_until_joined(60)
-clients = {"ours": httpx.Client(transport=transport, timeout=60), "bare": httpx.Client(timeout=60)}
+nothing = httpx.MockTransport(lambda request: httpx.Response(200, content=bytes(2000)))
+transports = {"ours": transport, "bare": None, "none": nothing}
+clients = {name: httpx.Client(transport=one, timeout=60) for name, one in transports.items()}
 print("ready", flush=True)
 for line in sys.stdin:
     who, _, url = line.strip().partition(" ")
@@ -144,7 +147,7 @@ class _Runner:
         return msgspec.json.decode(self._line())
 
     def ask(self, url: str, who: str = "ours") -> tuple[float, str | None]:
-        """How many milliseconds it took, and where it came from; ``who``: "ours", or "bare" for a client without us."""
+        """How many milliseconds it took, and where it came from; ``who``: "ours", "bare" or "none"."""
         took, source = self._say(f"{who} {url}")
         return took, source
 
@@ -191,6 +194,7 @@ def hits(rounds: int = 30) -> dict[str, Any]:
     }
     bare: dict[str, list[float]] = {name: [] for name in SIZES}
     took: dict[str, list[float]] = {name: [] for name in SIZES}
+    nothing: list[float] = []  # what a client takes that asks nobody
     with Origin(resources) as origin, _runners() as begin, _bare_stream() as trip:
         holder = begin()
         for path in resources:
@@ -200,6 +204,7 @@ def hits(rounds: int = 30) -> dict[str, Any]:
         for name, size in SIZES.items():
             for number in range(rounds):
                 bare[name].append(trip(size))
+                nothing.append(asker.ask(origin.url, "none")[0])
                 ms, source = asker.ask(f"{origin.url}/{size}/{number}")
                 if source == "peer":
                     took[name].append(ms)
@@ -211,6 +216,7 @@ def hits(rounds: int = 30) -> dict[str, Any]:
         found[f"peer hit, {name}: times a bare stream"] = round(middle / beside, 2)
         if name == "5 MB" and times:
             found["peer hit, 5 MB: MB/s"] = round(5_000 / middle)
+    found["of these what httpx's client takes itself, ms"] = round(statistics.median(nothing), 2)
     found["a ping between them, ms"] = ping
     return found
 
