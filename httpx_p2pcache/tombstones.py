@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import sqlite3
+import time
 from collections import OrderedDict
 
 logger = logging.getLogger("httpx_p2pcache")
@@ -40,17 +41,15 @@ class Tombstones:
         """
         rows = connection.execute("SELECT cache_key, identity, since FROM tombstones LIMIT ?", (FEW + 1,)).fetchall()
         for key, identity, since in rows[:FEW]:
-            self._since.setdefault((key, identity), since)
-            self._since[key, identity] = max(since, self._since[key, identity])
+            self._note(key, identity, since)
+        self._forget(time.time())
         return len(rows) <= FEW
 
     def bury(self, connection: sqlite3.Connection, keys: list[bytes], identity: str, now: float) -> None:
         """What of these keys was asked for before ``now`` is void, here and in other processes that still write it."""
         for key in keys:
-            self._since[key, identity] = max(now, self._since.get((key, identity), now))
-            self._since.move_to_end((key, identity))
-        while next(iter(self._since.values())) < now - TOMBSTONE_SECONDS or len(self._since) > MAX_TOMBSTONES:
-            self._since.popitem(last=False)
+            self._note(key, identity, now)
+        self._forget(now)
         try:
             with connection:
                 connection.execute("BEGIN IMMEDIATE")
@@ -63,6 +62,15 @@ class Tombstones:
                 )
         except sqlite3.Error:
             logger.debug("a removal could not be noted for other processes", exc_info=True)
+
+    def _note(self, key: bytes, identity: str, since: float) -> None:
+        self._since[key, identity] = max(since, self._since.get((key, identity), since))
+        self._since.move_to_end((key, identity))
+
+    def _forget(self, now: float) -> None:
+        old = now - TOMBSTONE_SECONDS
+        while self._since and (next(iter(self._since.values())) < old or len(self._since) > MAX_TOMBSTONES):
+            self._since.popitem(last=False)
 
 
 def noted(connection: sqlite3.Connection, key: bytes, identity: str, since: float) -> bool:

@@ -6,7 +6,9 @@ the loss of the peer likewise, and one task sees for all of them when their time
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -95,9 +97,10 @@ class Questions:
         try:
             put = self._fleet.is_settled() and self._put_at_once(question)
         except Exception:  # the task meets the same, and says so
+            self._drop(question)
             put = False
         if not put:
-            self._fleet.spawn(self._put, question)
+            self._spawn(self._put, question)
 
     # Whose key it is
 
@@ -176,11 +179,10 @@ class Questions:
             if home is None:
                 self._ask_here(question, await fleet.home.find(question.asked))
                 return
-            call = self._expect(question, home)
-            try:
-                await home.link.send(Ask(call, question.asked))
-            except OSError:  # then the link has been closed, and that was heard of
-                self.lost(question)
+            call, link = self._expect(question, home), question.link
+            assert link is not None
+            with contextlib.suppress(OSError):  # then it is closed, and the question has heard of that
+                await link.send(Ask(call, question.asked))
         except OSError:
             fleet.stats.add("peer_failures")
             self._resolve(question, Unclaimed())
@@ -232,8 +234,11 @@ class Questions:
             try:
                 stored = self._fleet.shelf.received_at_once(asked.key, answer.sealed, answer.resident, link.keyring)
             except MustWait:
-                self._fleet.spawn(self._receive, question, answer, link)
+                self._spawn(self._receive, question, answer, link)
                 return
+            except Exception:
+                self._resolve(question, Unclaimed())
+                raise
         self._conclude(question, answer, stored, link)
 
     async def _receive(self, question: _Question, answer: Found | Granted, link: Link) -> None:
@@ -248,7 +253,7 @@ class Questions:
         if question.forwarded:
             held = self._fleet.shelf.at_hand(question.asked.key)
             if held is None:
-                self._fleet.spawn(self._look_here, question)
+                self._spawn(self._look_here, question)
             else:
                 self._ask_here(question, chosen(held, question.asked))
         elif isinstance(answer, Granted):
@@ -267,7 +272,13 @@ class Questions:
         """The member that was asked is gone: the next home knows, or decides anew."""
         if question in self._open:
             self._drop(question)
-            self._fleet.spawn(self._look_here if question.forwarded else self._put, question)
+            self._spawn(self._look_here if question.forwarded else self._put, question)
+
+    def _spawn(self, func: Callable[..., Awaitable[None]], question: _Question, *args: object) -> None:
+        if self._over:
+            self._resolve(question, Unclaimed())
+        else:
+            self._fleet.spawn(func, question, *args)
 
     async def keep_time(self) -> None:
         """See to it that every question has an end."""
