@@ -103,11 +103,13 @@ class Behind(Generic[Work]):
         jobs = list(itertools.islice(self._jobs, AT_ONCE))
         if not jobs:  # another thread has been quicker
             return patient
-        free = self._do([job.work for job in jobs], patient)
-        for job in jobs:
-            self._jobs.popleft()
-            self._bytes -= job.size
-            self._keys[job.key] -= 1
-            if not self._keys[job.key]:
-                del self._keys[job.key]
+        try:
+            free = self._do([job.work for job in jobs], patient)
+        finally:  # also if it was interrupted: what has been done must not be done again
+            for job in jobs:
+                self._jobs.popleft()
+                self._bytes -= job.size
+                self._keys[job.key] -= 1
+                if not self._keys[job.key]:
+                    del self._keys[job.key]
         return patient and free

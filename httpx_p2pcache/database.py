@@ -61,12 +61,16 @@ class Connection(sqlite3.Connection):
 
         Without it each statement finds that anew. Raises ``sqlite3.Error`` where all of it could not be written.
         """
+        self._together = True
         try:
             with contextlib.nullcontext() if patient else self.impatient():
                 self.execute("BEGIN IMMEDIATE")
-            self._together = True
-        except sqlite3.Error:
-            pass
+        except BaseException as exc:  # it may have begun all the same, if we were interrupted
+            self._together = False
+            if self.in_transaction:
+                self.rollback()
+            if not isinstance(exc, sqlite3.Error):
+                raise
         try:
             yield self._together
         finally:

@@ -243,15 +243,16 @@ class Store:
             self.flush()
 
     def _write_together(self, jobs: Sequence[_Job], patient: bool) -> bool:
-        connection, free = self._connected, False
+        free = False
         try:
-            with connection.together(patient=patient) as free, self._writing(flushed=False, patient=free) as storage:
+            together = self._connected.together(patient=patient)
+            with together as free, self._writing(flushed=False, patient=free) as storage:
                 for job in jobs:
                     try:
                         job(storage)
                     except Exception:  # it stays in memory
                         logger.debug("an entry could not be written", exc_info=True)
-        except sqlite3.Error:
+        except Exception:
             logger.debug("entries could not be written", exc_info=True)
             self.complain()
         return free
@@ -356,12 +357,14 @@ class Store:
             writer.join(STOP_SECONDS)
 
     def _shut(self) -> None:
-        self.flush()
-        if self._storage is not None:
-            self._storage.close()
-        self._storage = self._connection = None
-        self._version, self._learned = -1, None
-        self._memory.clear()
+        try:
+            self.flush()
+            if self._storage is not None:
+                self._storage.close()
+        finally:
+            self._storage = self._connection = None
+            self._version, self._learned = -1, None
+            self._memory.clear()
 
     def _select(self, sql: str, parameters: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
         """Rows of our own query; none if the file turns out to be damaged, which is then moved aside."""
@@ -452,10 +455,8 @@ class Store:
 
     def _before_fork(self) -> None:
         self._lock.acquire()
-        try:
+        with contextlib.suppress(sqlite3.Error):  # then it is left to the child as it is, which does not use it
             self._shut()
-        except sqlite3.Error:  # then it is left to the child as it is, which does not use it
-            self._storage = self._connection = None
 
     def _after_fork(self, *, child: bool) -> None:
         if child:

@@ -16,7 +16,6 @@ from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.node.protocol import (
     ANSWERS,
-    FRAME_OVERHEAD,
     Acquainted,
     Answering,
     Ask,
@@ -42,6 +41,7 @@ logger = logging.getLogger("httpx_p2pcache")
 WRITE_SECONDS = 5.0  # a peer that does not read for so long is gone
 USES = (Ask, Publish, Push, Found, Granted, Nothing, Published)
 FRAMES_AT_ONCE = 32  # of one peer's, after which all else has a turn
+ROOM = 128 * 1024  # bytes that a peer is ready to read, where we answer it at once
 CALLS_AT_ONCE = 128  # of one peer's that we work on at a time; more wait in its stream
 
 
@@ -200,7 +200,7 @@ class Link:
         if isinstance(message, ANSWERS) and self._answered(message):
             return None
         # Only a reader gives the peer's windows back: two that waited here to write would wait for ever.
-        if self._writing.free() and self._room() >= FRAME_OVERHEAD:
+        if self._writing.free() and self._room() >= ROOM:
             if isinstance(message, Ping) and self.send_at_once(Done(message.call)):  # whatever else is under way
                 return None
             if at_once(self, message):

@@ -7,6 +7,7 @@ the loss of the peer likewise, and one task sees for all of them when their time
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, InvalidStateError
@@ -40,6 +41,8 @@ from httpx_p2pcache.stored import Stored
 
 if TYPE_CHECKING:
     from httpx_p2pcache.node.fleet import Fleet
+
+logger = logging.getLogger("httpx_p2pcache")
 
 MAX_HOMES = 3  # asked in turn, when one after another is lost while we wait there
 
@@ -233,25 +236,25 @@ class Questions:
         if isinstance(answer, Found) or (isinstance(answer, Granted) and answer.sealed):
             try:
                 stored = self._fleet.shelf.received_at_once(asked.key, answer.sealed, answer.resident, link.keyring)
-            except MustWait:
-                self._spawn(self._receive, question, answer, link)
+            except MustWait as begun:
+                self._spawn(self._receive, question, answer, link, begun)
                 return
-            except Exception:
-                self._resolve(question, Unclaimed())
-                raise
+            except Exception:  # ours, and no fault of the member's
+                logger.debug("an entry could not be received", exc_info=True)
         self._conclude(question, answer, stored, link)
 
-    async def _receive(self, question: _Question, answer: Found | Granted, link: Link) -> None:
+    async def _receive(self, question: _Question, answer: Answering, link: Link, begun: MustWait) -> None:
         stored = None
         try:
-            shelf, key = self._fleet.shelf, question.asked.key
-            stored = await shelf.received(key, answer.sealed, answer.resident, link.keyring)
+            stored = await self._fleet.shelf.finish(begun)
         finally:
             self._conclude(question, answer, stored, link)
 
     def _conclude(self, question: _Question, answer: Answering, stored: Stored | None, link: Link) -> None:
         if question.forwarded:
-            held = self._fleet.shelf.at_hand(question.asked.key)
+            held = None
+            with contextlib.suppress(Exception):  # the task meets the same, and says so
+                held = self._fleet.shelf.at_hand(question.asked.key)
             if held is None:
                 self._spawn(self._look_here, question)
             else:

@@ -32,8 +32,15 @@ class BodyMissing(Exception):
     """An entry came without its body, as we should hold it: but we do not."""
 
 
+Steps = Generator[Callable[[], Any], Any, Stored | None]  # yields what the worker has to do; is sent what came of it
+
+
 class MustWait(Exception):
-    """It cannot be done without waiting."""
+    """It cannot be done without waiting: these steps are left, of which ``func`` is the next."""
+
+    def __init__(self, steps: Steps, func: Callable[[], Any] | None = None) -> None:
+        self.steps = steps
+        self.func = func
 
 
 class Shelf:
@@ -78,9 +85,13 @@ class Shelf:
 
         Raises :class:`BodyMissing` for one that is not whole unless ``missing_ok``.
         """
-        steps = self._receiving(key, sealed, resident, keyring, missing_ok)
+        return await self.finish(MustWait(self._receiving(key, sealed, resident, keyring, missing_ok)))
+
+    async def finish(self, begun: MustWait) -> Stored | None:
+        """What was begun at once, and has to wait after all."""
+        steps = begun.steps
         try:
-            func = next(steps)
+            func = begun.func or next(steps)
             while True:
                 try:
                     result = await self._fleet.in_worker(func)
@@ -92,19 +103,17 @@ class Shelf:
             return end.value  # type: ignore[no-any-return] # a generator's return value is not typed here
 
     def received_at_once(self, key: bytes, sealed: bytes, resident: float, keyring: Keyring) -> Stored | None:
-        """The same for one who does not wait. Raises :class:`MustWait`."""
+        """The same for one who does not wait. Raises :class:`MustWait`, which is to be finished."""
+        steps = self._receiving(key, sealed, resident, keyring, missing_ok=True)
         if len(sealed) > LARGE:
-            raise MustWait
+            raise MustWait(steps)
         try:
-            next(self._receiving(key, sealed, resident, keyring, missing_ok=True))
+            func = next(steps)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
-        raise MustWait
+        raise MustWait(steps, func)
 
-    def _receiving(
-        self, key: bytes, sealed: bytes, resident: float, keyring: Keyring, missing_ok: bool
-    ) -> Generator[Callable[[], Any], Any, Stored | None]:
-        """Yields what has to be done in the worker, and is sent what came of it."""
+    def _receiving(self, key: bytes, sealed: bytes, resident: float, keyring: Keyring, missing_ok: bool) -> Steps:
         fleet = self._fleet
         try:
             entry = keyring.open_entry(sealed, key)
@@ -122,6 +131,8 @@ class Shelf:
             check = partial(believed, entry, resident, now, fleet.settings.max_body_size)
             takes_long = len(entry.body) > LARGE and "content-encoding" in entry.headers
             entry = (yield check) if takes_long else check()
+            if takes_long:  # and it may have been written to meanwhile
+                held = yield partial(fleet.store.load, key)
         except Rejected as exc:
             logger.debug("an entry from a peer was not believed: %s", exc)
             fleet.stats.add("rejected")
