@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import ssl
 import threading
@@ -9,6 +10,8 @@ from concurrent.futures import Future
 from importlib import import_module
 from types import ModuleType
 from typing import Any
+
+from httpx_p2pcache.imports import import_trio
 
 
 class Origins:
@@ -59,7 +62,9 @@ class Origins:
 
     def _load(self) -> None:
         try:
-            # It would be imported with the first transport, in the middle of a first request.
+            # It would be imported with the first transport, in the middle of a first request; and trio with it.
+            with contextlib.suppress(ImportError):
+                import_trio()
             import_module(self._library.__name__.replace("httpx", "httpcore"))
 
             self._context.set_result(self._library.create_ssl_context())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Entry, Keyring
+from httpx_p2pcache.imports import import_trio
 from httpx_p2pcache.network import Answer, FleetClaim, NoPeers, PeerNetwork, Question, Unclaimed, done
 from httpx_p2pcache.quota import Quota, QuotaBoard
 from httpx_p2pcache.settings import Settings
@@ -178,7 +179,9 @@ class EmbeddedNode:
     def _run(self) -> None:
         try:
             import cryptography.hazmat.primitives.ciphers.aead  # noqa: F401 - not in the middle of a first answer
-            import trio  # here begins what takes two seconds
+
+            import_trio()  # here begins what takes a second
+            import trio
 
             from httpx_p2pcache.node.fleet import Fleet
 
