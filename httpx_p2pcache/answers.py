@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from hishel import Headers
 
@@ -66,6 +66,27 @@ class Answer:
     age: float = 0.0
     view: View | None = None  # of ``stored``, where the caller has conditions of its own
     afterwards: Way | None = None  # to be driven in the background once the answer is given (RFC 5861 §3)
+
+
+Step = TypeVar("Step")
+Result = TypeVar("Result")
+
+
+async def driven(
+    steps: Generator[Step, Any, Result], perform: Callable[[Step], Awaitable[Any]], first: Step | None = None
+) -> Result:
+    """What ``steps`` come to, each of which ``perform`` does; ``first``: the one that was taken out of them already."""
+    try:
+        step = next(steps) if first is None else first
+        while True:
+            try:
+                result = await perform(step)
+            except BaseException as exc:
+                step = steps.throw(exc)
+            else:
+                step = steps.send(result)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return] # a generator's return value is not typed here
 
 
 def caching(

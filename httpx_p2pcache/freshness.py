@@ -52,11 +52,21 @@ def directives(headers: Headers | Mapping[str, list[str]]) -> dict[str, str | No
 
     Of a directive that is repeated with different arguments the most restrictive counts (§4.2.1).
     """
-    lines = headers.get_list("cache-control") if isinstance(headers, Headers) else headers.get("cache-control")
+    lines = _control_lines(headers)
     if not lines:
         return {}
     # One exchange asks for the same ones six times.
-    return dict(_directives(*lines) if sum(map(len, lines)) < REMEMBERED_LENGTH else _directives.__wrapped__(*lines))
+    return dict(_directives(*lines) if _is_short(lines) else _directives.__wrapped__(*lines))
+
+
+def _control_lines(headers: Headers | Mapping[str, list[str]]) -> list[str]:
+    lines = headers.get_list("cache-control") if isinstance(headers, Headers) else headers.get("cache-control")
+    return lines or []
+
+
+def _is_short(lines: list[str]) -> bool:
+    """Whether what is found out about these lines is remembered."""
+    return sum(map(len, lines)) < REMEMBERED_LENGTH
 
 
 @lru_cache(maxsize=256)
@@ -231,10 +241,9 @@ def machine_response(response: hishel.Response) -> hishel.Response:
 
 def may_be_stored(method: str, status: int, headers: Headers | Mapping[str, list[str]]) -> bool:
     """Whether hishel's machine lets a private cache store a response (§3) to a plain request."""
-    lines = headers.get_list("cache-control") if isinstance(headers, Headers) else headers.get("cache-control")
-    asked = method, status, "expires" in headers, *(lines or ())  # all that it looks at, which takes it a while
-    short = sum(map(len, lines or ())) < REMEMBERED_LENGTH
-    return _may_be_stored(*asked) if short else _may_be_stored.__wrapped__(*asked)
+    lines = _control_lines(headers)
+    asked = method, status, "expires" in headers, *lines  # all that it looks at, which takes it a while
+    return _may_be_stored(*asked) if _is_short(lines) else _may_be_stored.__wrapped__(*asked)
 
 
 @lru_cache(maxsize=256)

@@ -130,14 +130,14 @@ class Lookup:
             found = (yield from self._ask_the_fleet(lease)) if lease.flight is not None else None
             if found is not None:
                 source = "peer"
-                if found.stored is not None and self.plain and exchange.fresh(self.seen, self.asker, [found.stored]):
-                    lease.settle(Verdict.PUBLISHED)
-                    return self._serve(found.stored, source)
-            if source == "peer" or (lease.fleet is not None and lease.fleet.brought):
+            come = None if found is None else found.stored
+            if come is not None and self.plain and exchange.fresh(self.seen, self.asker, [come]):
+                state = come
+            elif found is not None or (lease.fleet is not None and lease.fleet.brought):
                 state = yield from self._look()
-                if isinstance(state, Stored):
-                    lease.settle(Verdict.PUBLISHED)
-                    return self._serve(state, source)
+            if isinstance(state, Stored):
+                lease.settle(Verdict.PUBLISHED)
+                return self._serve(state, source)
             return (yield from self._fetch(state, lease))
         except BaseException as exc:
             lease.give_up(Verdict.FAILED if isinstance(exc, Exception) else Verdict.ABANDONED)
@@ -176,8 +176,6 @@ class Lookup:
             shown = [view for stored, view in zip(self.held, shown, strict=True) if not self._incomplete(stored, view)]
         if self.shared:
             shown += yield Run(partial(self._others, found, now))
-        if not shown:
-            return hishel.CacheMiss(_OPTIONS, self.shown)
         state = hishel.IdleClient(options=_OPTIONS).next(self.shown, shown)
         return self._stored(state.entry) if isinstance(state, hishel.FromCache) else state
 

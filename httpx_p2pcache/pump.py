@@ -15,7 +15,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
-from httpx_p2pcache.answers import Answer, Effect, Read, Reply, Run, Send, Wait, Way
+from httpx_p2pcache.answers import Answer, Effect, Read, Reply, Run, Send, Wait, Way, driven
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -95,16 +95,7 @@ async def async_drive(
         return None
 
     try:
-        effect = next(way)
-        while True:
-            try:
-                result = await perform(effect)
-            except BaseException as exc:
-                effect = way.throw(exc)
-            else:
-                effect = way.send(result)
-    except StopIteration as stop:
-        return stop.value  # type: ignore[no-any-return] # a generator's return value is not typed here
+        return await driven(way, perform)
     except BaseException:
         if reply is not None:
             await discard(reply)

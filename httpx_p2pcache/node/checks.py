@@ -63,9 +63,10 @@ def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> E
 
 def _is_url(url: str) -> bool:
     try:
-        return urlsplit(url).port != 0
+        urlsplit(url).port  # noqa: B018 - this is what raises for one that is none
     except ValueError:
         return False
+    return True
 
 
 def _check_coding(entry: Entry) -> None:

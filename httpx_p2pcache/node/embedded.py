@@ -91,12 +91,12 @@ class EmbeddedNode:
 
     def publish(self, entry: Entry, claim: bytes, *, widely: bool, refreshed: bool = False) -> None:
         async def publish(fleet: Fleet) -> None:
-            await fleet.questions.publish(entry, claim, widely=widely, refreshed=refreshed)
+            await fleet.fetches.publish(entry, claim, widely=widely, refreshed=refreshed)
 
         self._soon(lambda fleet: fleet.spawn(publish, fleet))
 
     def release(self, claim: bytes, key: bytes, held: FleetClaim, verdict: Verdict) -> None:
-        self._soon(lambda fleet: fleet.spawn(fleet.questions.release, claim, key, held.id, verdict))
+        self._soon(lambda fleet: fleet.spawn(fleet.fetches.release, claim, key, held.id, verdict))
 
     def invalidate(self, keys: list[bytes]) -> Future[None]:
         future: Future[None] = Future()

@@ -1,6 +1,6 @@
 """The node's part in the fleet: who is a member, and who joins how.
 
-What they say about entries is in ``home`` and ``questions``.
+What they say about entries is in ``home``, ``questions`` and ``fetches``.
 
 Everything here runs in the node's own trio loop. What a peer does wrong is caught where it is dialled, admitted,
 served, and in :meth:`Fleet.spawn`; it is counted, logged at debug, and nobody else notices.
@@ -28,8 +28,9 @@ from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.node.discovery import Discovery, Sighting
 from httpx_p2pcache.node.discovery.all import discoveries
+from httpx_p2pcache.node.fetches import Fetches
 from httpx_p2pcache.node.home import Home
-from httpx_p2pcache.node.homes import anchors_among, core_among, peer_of
+from httpx_p2pcache.node.homes import Homes, anchors_among, core_among, peer_of
 from httpx_p2pcache.node.host import DIAL_SECONDS, Host, announced, is_loopback, reset
 from httpx_p2pcache.node.members import Link, Member
 from httpx_p2pcache.node.presence import ADMISSION_SECONDS, Presence
@@ -86,6 +87,8 @@ class Fleet:
         self.host: Any = self._make_host()
         self.shelf = Shelf(self)
         self.home = Home(self)
+        self.homes = Homes(self)
+        self.fetches = Fetches(self)
         self.questions = Questions(self)
         self.search = Search(self, self._discoveries())
         self.presence = Presence(self)
@@ -131,7 +134,7 @@ class Fleet:
                         await self.stopping.wait()
                         # What has been paid for is handed over first: a short process would share nothing else.
                         with trio.move_on_after(FAREWELL_SECONDS):
-                            await self.questions.published()
+                            await self.fetches.published()
                         self.nursery.cancel_scope.cancel()
                 finally:
                     with trio.CancelScope(shield=True), trio.move_on_after(0.5):
@@ -257,7 +260,7 @@ class Fleet:
                 # One step: what is under way is noted at the very moment in which the member becomes a home.
                 if link.peer_id in self.members:
                     self._is_ready(self.members[link.peer_id])
-                await link.send(Inventory(message.call, holds, self.questions.fetching()))
+                await link.send(Inventory(message.call, holds, self.fetches.fetching()))
             elif isinstance(message, Acquainted):
                 self._acquainted(link, message)
             elif isinstance(message, TellCounts):
@@ -439,7 +442,7 @@ class Fleet:
             del self.members[link.peer_id]
             self._called_ready.discard(link.peer_id)
             self.home.lost(link.peer_id)
-            self.questions.granter_lost(link.peer_id)
+            self.fetches.granter_lost(link.peer_id)
             candidate = self.search.candidates.get(link.peer_id)
             if candidate is not None:
                 candidate.next_try = trio.current_time() + BACK_OFF_SECONDS[0]

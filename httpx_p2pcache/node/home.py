@@ -157,10 +157,9 @@ class Home:
         elif isinstance(message, Push):
             stored = await self._shelf.received(message.key, message.sealed, message.resident, link.keyring)
             if stored is not None:
-                self._tell(self._claims.release(message.claim, None, Verdict.PUBLISHED, trio.current_time()))
+                self.ended(message.claim, None, Verdict.PUBLISHED)
         elif isinstance(message, Release):
-            told = self._claims.release(message.claim, message.id, message.verdict, trio.current_time())
-            self._tell(told)
+            self.ended(message.claim, message.id, message.verdict)
         elif isinstance(message, Fetching):
             self.adopt(link.peer_id, message.fetching)
         elif isinstance(message, Invalidate):
@@ -219,7 +218,7 @@ class Home:
             await link.send(answer)
         except OSError:
             if isinstance(answer, Granted):
-                self._tell(self._claims.release(answer.claim, answer.id, Verdict.ABANDONED, trio.current_time()))
+                self.ended(answer.claim, answer.id, Verdict.ABANDONED)
             raise
 
     async def _deliver(self, link: Link, call: int, question: Question, tidings: Tidings) -> None:

@@ -14,9 +14,15 @@ import hashlib
 import heapq
 from collections.abc import Collection, Mapping
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from libp2p.peer.id import ID
 
+if TYPE_CHECKING:
+    from httpx_p2pcache.node.fleet import Fleet
+    from httpx_p2pcache.node.members import Member
+
+MAX_HOMES = 3  # looked for in turn, when one after another is not reached, or is lost while we wait there
 MESH = 50
 ANCHORS = 2  # by which a node outside the core hears of writes, quotas and the core's changes
 
@@ -54,3 +60,44 @@ def _weight(peer_id: ID, key: bytes) -> bytes:
 def rank(peer_id: ID) -> bytes:
     """The least are the core."""
     return _weight(peer_id, b"core")
+
+
+class Homes:
+    """The homes as one node of a fleet sees them in this moment."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def now(self, key: bytes) -> ID:
+        """Who is home to ``key``, in a large fleet perhaps somebody we are not connected to."""
+        fleet = self._fleet
+        unreached = {m.peer_id: m.unreached for m in fleet.members.values() if m.usable()}
+        if fleet.large:  # who is no member is dialled once it is asked
+            known = {p: unreached.get(p, 0) for p in fleet.core if p in unreached or p not in fleet.members}
+            known.pop(fleet.host.id, None)
+            # The hub of a large fleet behind NAT need not be of its core.
+            if known and fleet.host.id not in fleet.core and fleet.unreached >= min(known.values()):
+                return home_among(known, key)
+            unreached = known
+        return home_among({**unreached, fleet.host.id: fleet.unreached}, key)
+
+    async def of(self, key: bytes) -> Member | None:
+        """The member that is home to ``key``, if need be connected to first; None if it is this node.
+
+        Raises OSError if it is not reached in time, and that its place is another's then.
+        """
+        fleet = self._fleet
+        for _ in range(MAX_HOMES):
+            home = self.now(key)
+            if home == fleet.host.id:
+                return None
+            if home not in fleet.members:
+                try:
+                    await fleet.search.reach(home, fleet.settings.lookup_timeout)
+                except OSError:
+                    fleet.find_core()  # without it
+                    continue
+                if not fleet.members[home].usable():
+                    continue
+            return fleet.members[home]
+        raise OSError("no home is reached")

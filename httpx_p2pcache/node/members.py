@@ -94,9 +94,9 @@ class Link:
         if self.closed.is_set():
             raise OSError("the link is closed")
         data = pack(frame)
-        if self._sent_at_once(data):
-            return
         try:
+            if self._sent_at_once(data):
+                return
             if not self._writing.acquire_at_once():
                 with trio.fail_after(WRITE_SECONDS):
                     await self._writing.acquire()
@@ -199,7 +199,7 @@ class Link:
             self.used = self.heard
         if isinstance(message, ANSWERS) and self._answered(message):
             return None
-        # Only a reader gives the peer's windows back: two that waited here to write would wait for ever.
+        # Who does not read what we say is not answered here, where nothing bounds how much would wait to be written.
         if self._writing.free() and self._room() >= ROOM:
             if isinstance(message, Ping) and self.send_at_once(Done(message.call)):  # whatever else is under way
                 return None

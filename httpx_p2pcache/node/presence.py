@@ -31,10 +31,10 @@ class Presence:
     async def watch(self) -> None:
         """Claims that end are passed on; members that fall silent are asked, at once where somebody waits for them."""
         now = trio.current_time()
-        home, questions = self._fleet.home, self._fleet.questions
+        home = self._fleet.home
         home.expire()
-        questions.expire()
-        waited_for = home.owing() | questions.waits_at()
+        self._fleet.fetches.expire()
+        waited_for = home.owing() | self._fleet.questions.waits_at()
         for member in list(self._fleet.members.values()):
             silence = now - max(member.heard(), member.asked)
             if silence > SILENCE_SECONDS or (silence > URGENT_SECONDS and member.peer_id in waited_for):
@@ -48,7 +48,7 @@ class Presence:
         fleet, now = self._fleet, trio.current_time()
         if not fleet.large:
             return
-        engaged = fleet.home.parties() | fleet.questions.waits_at() | fleet.questions.granters()
+        engaged = fleet.home.parties() | fleet.questions.waits_at() | fleet.fetches.granters()
         kept = engaged | (fleet.wanted or frozenset())
         free = [member for peer_id, member in fleet.members.items() if peer_id not in kept and not member.busy()]
         free.sort(key=Member.used)

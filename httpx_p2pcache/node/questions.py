@@ -1,4 +1,4 @@
-"""What this node's own requests want: each question is put to its key's home, and what was fetched is published there.
+"""What this node's own requests ask: each question is put to its key's home. What they fetch is in ``fetches``.
 
 No task waits for an answer. A question is a party to its call: an answer is taken in the turn of who has brought it,
 the loss of the peer likewise, and one task sees for all of them when their time is up.
@@ -11,49 +11,26 @@ import logging
 import math
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, InvalidStateError
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import trio
 from libp2p.peer.id import ID
 
 from httpx_p2pcache import network
-from httpx_p2pcache.claims import CLAIM_LIFE, Look, Pending, Tidings, Verdict
 from httpx_p2pcache.claims import Granted as ClaimGranted
-from httpx_p2pcache.entries import Entry, cache_key
+from httpx_p2pcache.claims import Look, Pending, Tidings, Verdict
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.network import Answer, Awaited, FleetClaim, Unclaimed
-from httpx_p2pcache.node.homes import home_among
+from httpx_p2pcache.node.homes import MAX_HOMES
 from httpx_p2pcache.node.members import Link, Member
-from httpx_p2pcache.node.protocol import (
-    Answering,
-    Ask,
-    Fetching,
-    Found,
-    Granted,
-    Publish,
-    Published,
-    Push,
-    Release,
-    Wait,
-)
-from httpx_p2pcache.node.shelf import MustWait, Parcel, chosen, helps, resident
+from httpx_p2pcache.node.protocol import Answering, Ask, Found, Granted, Wait
+from httpx_p2pcache.node.shelf import MustWait, chosen, helps
 from httpx_p2pcache.stored import Stored
 
 if TYPE_CHECKING:
     from httpx_p2pcache.node.fleet import Fleet
 
 logger = logging.getLogger("httpx_p2pcache")
-
-MAX_HOMES = 3  # asked in turn, when one after another is lost while we wait there
-
-
-class _Fetch(NamedTuple):
-    """A claim that this node has: for which key, until when (the loop's time), and from whom."""
-
-    key: bytes
-    id: int
-    ends: float
-    granter: ID
 
 
 class _Question:
@@ -81,18 +58,14 @@ class _Question:
 
 
 class Questions:
-    """This node as one who asks, fetches and publishes. Everything runs in its loop."""
+    """This node as one who asks. Everything runs in its loop."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._life = CLAIM_LIFE * fleet.settings.claim_timeout
         self._open: set[_Question] = set()  # those that have been put somewhere, and have a deadline
         self._alarm = trio.CancelScope()  # goes off at the first deadline, or before it
         self._over = False
-        self._fetching: dict[bytes, _Fetch] = {}
         self._own_calls = 0
-        self._publishing = 0
-        self._all_published = trio.Event()
 
     def ask(self, asked: network.Question, future: Future[Answer]) -> None:
         """Answer ``future``, and the futures that it may lead to, as :class:`network.PeerNetwork` promises."""
@@ -105,48 +78,12 @@ class Questions:
         if not put:
             self._spawn(self._put, question)
 
-    # Whose key it is
-
-    def home_now(self, key: bytes) -> ID:
-        """Who is home to ``key``, in a large fleet perhaps somebody we are not connected to."""
-        fleet = self._fleet
-        unreached = {m.peer_id: m.unreached for m in fleet.members.values() if m.usable()}
-        if fleet.large:  # who is no member is dialled once it is asked
-            known = {p: unreached.get(p, 0) for p in fleet.core if p in unreached or p not in fleet.members}
-            known.pop(fleet.host.id, None)
-            # The hub of a large fleet behind NAT need not be of its core.
-            if known and fleet.host.id not in fleet.core and fleet.unreached >= min(known.values()):
-                return home_among(known, key)
-            unreached = known
-        return home_among({**unreached, fleet.host.id: fleet.unreached}, key)
-
-    async def home_of(self, key: bytes) -> Member | None:
-        """The member that is home to ``key``, if need be connected to first; None if it is this node.
-
-        Raises OSError if it is not reached in time, and that its place is another's then.
-        """
-        fleet = self._fleet
-        for _ in range(MAX_HOMES):
-            home = self.home_now(key)
-            if home == fleet.host.id:
-                return None
-            if home not in fleet.members:
-                try:
-                    await fleet.search.reach(home, fleet.settings.lookup_timeout)
-                except OSError:
-                    fleet.find_core()  # without it
-                    continue
-                if not fleet.members[home].usable():
-                    continue
-            return fleet.members[home]
-        raise OSError("no home is reached")
-
     # A question is put
 
     def _put_at_once(self, question: _Question) -> bool:
         """Whether a question could be put where it belongs, or answered, without waiting for anybody."""
         fleet, asked = self._fleet, question.asked
-        home = self.home_now(asked.key)
+        home = fleet.homes.now(asked.key)
         if home != fleet.host.id:
             member = fleet.members.get(home)
             return member is not None and member.usable() and self._sent_at_once(question, member)
@@ -161,8 +98,8 @@ class Questions:
         return self._sent_at_once(question, holder, forwarded=True)
 
     def _sent_at_once(self, question: _Question, member: Member, *, forwarded: bool = False) -> bool:
-        call = self._expect(question, member, forwarded)
-        if member.link.send_at_once(Ask(call, question.asked, forwarded)):
+        link = self._expect(question, member, forwarded=forwarded)
+        if link.send_at_once(Ask(question.call, question.asked, forwarded)):
             if forwarded:
                 self._fleet.home.hints.pop(question.asked.key, None)
             return True
@@ -178,14 +115,13 @@ class Questions:
                 await fleet.settled(fleet.settings.lookup_timeout / 4)
             if question.homes >= MAX_HOMES:
                 raise OSError("one home after another was lost")
-            home = await self.home_of(question.asked.key)
+            home = await fleet.homes.of(question.asked.key)
             if home is None:
                 self._ask_here(question, await fleet.home.find(question.asked))
                 return
-            call, link = self._expect(question, home), question.link
-            assert link is not None
+            link = self._expect(question, home)
             with contextlib.suppress(OSError):  # then it is closed, and the question has heard of that
-                await link.send(Ask(call, question.asked))
+                await link.send(Ask(question.call, question.asked))
         except OSError:
             fleet.stats.add("peer_failures")
             self._resolve(question, Unclaimed())
@@ -194,14 +130,14 @@ class Questions:
             self._resolve(question, Unclaimed())
             raise
 
-    def _expect(self, question: _Question, member: Member, forwarded: bool = False) -> int:
-        """The number of a call to a member, which the question is a party to from now on."""
-        timeout = self._fleet.settings.lookup_timeout
-        question.link, question.forwarded, question.awaited = member.link, forwarded, False
-        question.call = question.link.expect(question)
+    def _expect(self, question: _Question, member: Member, *, forwarded: bool = False) -> Link:
+        """The link of a call to a member, which the question is a party to from now on."""
+        link, timeout = member.link, self._fleet.settings.lookup_timeout
+        question.link, question.forwarded, question.awaited = link, forwarded, False
+        question.call = link.expect(question)
         question.homes += not forwarded
         self._wait(question, timeout / 2 if forwarded else timeout)
-        return question.call
+        return link
 
     def _wait(self, question: _Question, seconds: float) -> None:
         if self._over:
@@ -347,11 +283,8 @@ class Questions:
         else:
             self._resolve(question, Unclaimed())
 
-    # What this node fetches
-
     def _granted(self, question: _Question, id_: int, granter: ID, *, brought: bool) -> None:
-        ends = trio.current_time() + self._life
-        self._fetching[question.asked.claim] = _Fetch(question.asked.key, id_, ends, granter)
+        self._fleet.fetches.granted(question.asked, id_, granter)
         self._resolve(question, FleetClaim(id_, brought))
 
     def _resolve(self, question: _Question, answer: Answer) -> None:
@@ -364,127 +297,10 @@ class Questions:
             pass
         if isinstance(answer, FleetClaim):
             asked = question.asked
-            self._fleet.spawn(self.release, asked.claim, asked.key, answer.id, Verdict.ABANDONED)
+            self._fleet.spawn(self._fleet.fetches.release, asked.claim, asked.key, answer.id, Verdict.ABANDONED)
         elif isinstance(answer, Awaited):
             answer.answer.cancel()  # who gave up waiting for this one does not wait for the next
-
-    async def release(self, claim: bytes, key: bytes, id_: int, verdict: Verdict) -> None:
-        """This node's claim has ended without an entry: told to who granted it, and to who is the home by now."""
-        held = self._fetching.pop(claim, None)
-        self._fleet.home.ended(claim, id_, verdict)
-        granter = None if held is None else self._fleet.members.get(held.granter)
-        try:
-            home = await self.home_of(key)
-        except OSError:
-            home = None
-        for member in {m.peer_id: m for m in (home, granter) if m is not None}.values():
-            try:
-                await member.send(Release(claim, id_, verdict))
-            except OSError:
-                self._fleet.stats.add("peer_failures")
-
-    async def publish(self, entry: Entry, claim: bytes, *, refreshed: bool, widely: bool) -> None:
-        """This node has fetched or refreshed ``entry``: the home first, which serves those who wait, then the rest.
-
-        Not ``widely``: to the home alone. Where a home is too busy to answer in time every member may be fetching the
-        same, and the last thing it needs is a copy from each.
-        """
-        held = self._fetching.pop(claim, None)
-        self._fleet.home.ended(claim, None, Verdict.PUBLISHED)
-        if not self._fleet.members:
-            return
-        key = cache_key(entry.url)
-        parcel = Parcel(entry, refreshed=refreshed)
-        self._publishing += 1
-        try:
-            served, known = await self._publish_at_home(key, claim, parcel)
-            # In a large fleet it is pulled from the home; only who has granted the claim as well is not left waiting.
-            everybody = widely and not known and not self._fleet.large
-            async with trio.open_nursery() as nursery:
-                for member in list(self._fleet.members.values()):
-                    concerned = everybody or (held is not None and member.peer_id == held.granter)
-                    if concerned and member.peer_id.to_bytes() not in served and len(entry.body) <= member.takes:
-                        nursery.start_soon(self._push, member, key, claim, parcel)
-        finally:
-            self._publishing -= 1
-            if not self._publishing:
-                self._all_published.set()
-                self._all_published = trio.Event()
-
-    async def _publish_at_home(self, key: bytes, claim: bytes, parcel: Parcel) -> tuple[set[bytes], bool]:
-        try:
-            home = await self.home_of(key)
-        except OSError:
-            return set(), False
-        if home is None or len(parcel.entry.body) > home.takes:
-            return set(), False
-        return await self._publish_at(home, key, claim, parcel)
-
-    async def _publish_at(self, home: Member, key: bytes, claim: bytes, parcel: Parcel) -> tuple[set[bytes], bool]:
-        """Give the home the first form of the entry that it can use.
-
-        Returns who has the entry by that, and whether the home had it already.
-        """
-        for whole in (False, True):
-            try:
-                sealed = parcel.sealed(home.keyring, whole=whole)
-
-                def build(number: int, sealed: bytes = sealed) -> Publish:
-                    return Publish(number, key, claim, sealed, resident(parcel.entry.received))
-
-                answer = await home.link.call(build, self._fleet.settings.claim_timeout)
-            except OSError:
-                self._fleet.stats.add("peer_failures")
-                break
-            if isinstance(answer, Published) and answer.enough:
-                return {home.peer_id.to_bytes(), *answer.served}, answer.known
-        return {home.peer_id.to_bytes()}, False
-
-    async def published(self) -> None:
-        """Wait until nothing is being published any more."""
-        while self._publishing:
-            await self._all_published.wait()
-
-    async def _push(self, member: Member, key: bytes, claim: bytes, parcel: Parcel) -> None:
-        try:
-            if member.links:
-                sealed = parcel.sealed(member.keyring, whole=False)
-                await member.send(Push(key, claim, sealed, resident(parcel.entry.received)))
-        except OSError:
-            self._fleet.stats.add("peer_failures")
-
-    # What others should know of it
-
-    def granter_lost(self, peer_id: ID) -> None:
-        """What a member had granted to us, which is gone now, is told to those who are the homes now."""
-        now = trio.current_time()
-        for claim, held in self._fetching.items():
-            if held.granter != peer_id or held.ends <= now:
-                continue
-            if self.home_now(held.key) == self._fleet.host.id:
-                self._fleet.home.adopt(self._fleet.host.id, [(claim, held.id, held.ends - now)])
-            else:
-                self._fleet.spawn(self._tell_new_home, claim, held)
-
-    async def _tell_new_home(self, claim: bytes, held: _Fetch) -> None:
-        home = await self.home_of(held.key)
-        if home is not None:
-            await home.send(Fetching([(claim, held.id, held.ends - trio.current_time())]))
-
-    def expire(self) -> None:
-        """Claims of ours whose end has come are forgotten."""
-        now = trio.current_time()
-        self._fetching = {claim: held for claim, held in self._fetching.items() if held.ends > now}
-
-    def fetching(self) -> list[tuple[bytes, int, float]]:
-        """The fleet's claims that this node has: claim key, id, seconds left."""
-        now = trio.current_time()
-        return [(claim, held.id, held.ends - now) for claim, held in self._fetching.items() if held.ends > now][:1000]
 
     def waits_at(self) -> set[ID]:
         """The homes that owe us word of what somebody fetches."""
         return {one.link.peer_id for one in self._open if one.awaited and one.link is not None}
-
-    def granters(self) -> set[ID]:
-        """Those whose claims we have."""
-        return {held.granter for held in self._fetching.values()}

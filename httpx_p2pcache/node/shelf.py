@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from httpx_p2pcache.answers import driven
 from httpx_p2pcache.entries import Entry, Keyring
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.network import Question
@@ -85,22 +86,12 @@ class Shelf:
 
         Raises :class:`BodyMissing` for one that is not whole unless ``missing_ok``.
         """
-        return await self.finish(MustWait(self._receiving(key, sealed, resident, keyring, missing_ok)))
+        steps = self._receiving(key, sealed, resident, keyring, missing_ok)
+        return await driven(steps, self._fleet.in_worker)
 
     async def finish(self, begun: MustWait) -> Stored | None:
         """What was begun at once, and has to wait after all."""
-        steps = begun.steps
-        try:
-            func = begun.func or next(steps)
-            while True:
-                try:
-                    result = await self._fleet.in_worker(func)
-                except Exception as exc:
-                    func = steps.throw(exc)
-                else:
-                    func = steps.send(result)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return] # a generator's return value is not typed here
+        return await driven(begun.steps, self._fleet.in_worker, begun.func)
 
     def received_at_once(self, key: bytes, sealed: bytes, resident: float, keyring: Keyring) -> Stored | None:
         """The same for one who does not wait. Raises :class:`MustWait`, which is to be finished."""

@@ -110,6 +110,30 @@ async def pair(serve: Serve, *, ours: str = "both") -> AsyncIterator[tuple[Any, 
         await (here.disconnect(peer_id) if ours == "listener" else dialler.disconnect(peer_id))
 
 
+@contextlib.asynccontextmanager
+async def linked(
+    handle: Callable[[Link, Any], Awaitable[None]], at_once: Callable[[Link, Any], bool]
+) -> AsyncIterator[tuple[Link, Link]]:
+    """Both ends of a stream as links that are served."""
+    there: list[Any] = []
+    come = trio.Event()
+
+    async def serve(stream: Any) -> None:
+        there.append(stream)
+        come.set()
+        await trio.sleep_forever()
+
+    async with pair(serve) as (host, connect), trio.open_nursery() as nursery:
+        here = await connect()
+        await come.wait()
+        keyring = Keyring(b"secret", "fleet")
+        links = Link(here, host.id, keyring, 700_000), Link(there[0], host.id, keyring, 700_000)
+        for link in links:
+            nursery.start_soon(link.serve, handle, at_once)
+        yield links
+        nursery.cancel_scope.cancel()
+
+
 def play(scene: Callable[[], Awaitable[None]]) -> None:
     async def in_time() -> None:
         with trio.fail_after(SECONDS):
@@ -326,21 +350,7 @@ def test_two_members_that_ask_each_other_for_more_than_a_window_are_both_answere
         def at_once(link: Link, message: Any) -> bool:
             return isinstance(message, Ask) and link.send_at_once(Found(message.call, bytes(size), 0.0))
 
-        there: list[Any] = []
-        come = trio.Event()
-
-        async def serve(stream: Any) -> None:
-            there.append(stream)
-            come.set()
-            await trio.sleep_forever()
-
-        async with pair(serve) as (host, connect), trio.open_nursery() as nursery:
-            stream = await connect()
-            await come.wait()
-            keyring = Keyring(b"secret", "fleet")
-            links = [Link(one, host.id, keyring, 10 * size) for one in (stream, there[0])]
-            for link in links:
-                nursery.start_soon(link.serve, handle, at_once)
+        async with linked(handle, at_once) as links:
             answered = []
 
             async def ask(link: Link) -> None:
@@ -352,7 +362,6 @@ def test_two_members_that_ask_each_other_for_more_than_a_window_are_both_answere
                         asking.start_soon(ask, link)
             assert len(answered) == 2 * count
             assert not any(link.closed.is_set() for link in links)
-            nursery.cancel_scope.cancel()
 
     play(scene)
 
@@ -391,33 +400,18 @@ def test_answers_that_come_by_themselves_give_the_window_back() -> None:
     count, size = 60, 65_000  # twice what the window is after such a beginning, in frames of one message of Noise
 
     async def scene() -> None:
-        there: list[Any] = []
-        come = trio.Event()
-
-        async def serve(stream: Any) -> None:
-            there.append(stream)
-            come.set()
-            await trio.sleep_forever()
-
         async def handle(link: Link, message: Any) -> None:
             raise AssertionError("it was to be answered at once")
 
         def at_once(link: Link, message: Any) -> bool:
             return link.send_at_once(Found(message.call, bytes(size), 0.0))
 
-        async with pair(serve) as (host, connect), trio.open_nursery() as nursery:
-            stream = await connect()
-            await come.wait()
-            keyring = Keyring(b"secret", "fleet")
-            asks, answers = (Link(one, host.id, keyring, 10 * size) for one in (stream, there[0]))
-            for link in (asks, answers):
-                nursery.start_soon(link.serve, handle, at_once)
+        async with linked(handle, at_once) as (asks, answers):
             for _ in range(count):
                 answer = await asks.call(lambda number: Ask(number, question), SECONDS)
                 assert isinstance(answer, Found)
                 assert answer.sealed == bytes(size)
             assert asks.received == answers.sent == count * len(pack(Found(count, bytes(size), 0.0)))
-            nursery.cancel_scope.cancel()
 
     play(scene)
 
