@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from httpx_p2pcache.answers import Effect, Wait
 from httpx_p2pcache.claims import Granted, Verdict
 from httpx_p2pcache.entries import Entry
-from httpx_p2pcache.network import Awaited, FleetClaim
+from httpx_p2pcache.network import FleetClaim
 
 if TYPE_CHECKING:
     from httpx_p2pcache.exchange import Exchange
@@ -42,9 +42,7 @@ class Lease:
     def adopt_late(self, future: Future[Any]) -> None:
         """A home was too slow to be waited for, and answers after all: a claim that it grants is ours still."""
         answer = None if future.cancelled() else future.result()
-        if isinstance(answer, Awaited):
-            answer.answer.cancel()
-        elif isinstance(answer, FleetClaim):
+        if isinstance(answer, FleetClaim):
             if self.settled:
                 self.exchange.network.release(self.claim, self.key, answer, Verdict.ABANDONED)
             else:
@@ -53,9 +51,8 @@ class Lease:
     def give_up(self, verdict: Verdict) -> None:
         """Settle on the way out, with what may just have been granted."""
         future = self.waiting
-        while future is not None and not future.cancel() and not future.cancelled() and future.exception() is None:
+        if future is not None and not future.cancel() and not future.cancelled() and future.exception() is None:
             granted = future.result()
-            future = granted.answer if isinstance(granted, Awaited) else None
             if isinstance(granted, Granted):
                 self.flight = granted.id
             elif isinstance(granted, FleetClaim):

@@ -38,7 +38,7 @@ from httpx_p2pcache.freshness import (
 from httpx_p2pcache.github import adopted, endpoint, may_have_grown
 from httpx_p2pcache.keep import Keep
 from httpx_p2pcache.lease import Lease
-from httpx_p2pcache.network import Awaited, FleetClaim, Found, Question, may_select
+from httpx_p2pcache.network import FleetClaim, Found, Question, may_select
 from httpx_p2pcache.parts import PART
 from httpx_p2pcache.quota import refuses
 from httpx_p2pcache.stored import Stored
@@ -284,13 +284,13 @@ class Lookup:
         until = time.monotonic() + FLEET_PATIENCE * self.patience
         asked = exchange.network.ask(question)
         answer = yield from lease.wait(asked, settings.lookup_timeout, keep=True)
-        if answer is None:
+        if answer is None and asked.awaited:
+            answer = yield from lease.wait(asked, max(0.0, until - time.monotonic()))
+        elif answer is None:
             lease.late = True
             asked.add_done_callback(lease.adopt_late)
-        while isinstance(answer, Awaited):
-            self.collapsed = True
-            answer = yield from lease.wait(answer.answer, max(0.0, until - time.monotonic()))
         if isinstance(answer, Found):
+            self.collapsed = self.collapsed or asked.awaited
             return answer
         self.collapsed = False
         if isinstance(answer, FleetClaim):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Protocol
@@ -67,18 +68,31 @@ class FleetClaim:
 
 
 @dataclass(frozen=True)
-class Awaited:
-    """Somebody in the fleet fetches it; ``answer`` will hold the next answer."""
-
-    answer: Future[Answer]
-
-
-@dataclass(frozen=True)
 class Unclaimed:
     """Nobody can say anything: fetch it without a claim."""
 
 
-Answer = Found | FleetClaim | Awaited | Unclaimed
+Answer = Found | FleetClaim | Unclaimed
+
+
+class Asked(Future[Answer]):
+    """The answer to a question, once there is one.
+
+    ``awaited``: it comes once somebody in the fleet has fetched what was asked for. Nobody is woken to be told that,
+    unless there is ``when_awaited``, which is called with this future by whichever thread has heard of it.
+    """
+
+    def __init__(self, when_awaited: Callable[[Asked], None] | None = None) -> None:
+        super().__init__()
+        self.awaited = False
+        self._when_awaited = when_awaited
+
+    def await_fetch(self) -> None:
+        """Somebody fetches it."""
+        if not self.awaited:
+            self.awaited = True
+            if self._when_awaited is not None:
+                self._when_awaited(self)
 
 
 class PeerNetwork(Protocol):
@@ -102,7 +116,7 @@ class PeerNetwork(Protocol):
         """Resolved once every peer known at the start has been reached or given up, or the network cannot start."""
         ...
 
-    def ask(self, question: Question) -> Future[Answer]:
+    def ask(self, question: Question, when_awaited: Callable[[Asked], None] | None = None) -> Asked:
         """One question to the key's home."""
         ...
 
@@ -142,13 +156,6 @@ class PeerNetwork(Protocol):
         ...
 
 
-def resolved(answer: Answer) -> Future[Answer]:
-    """A future that holds its answer already."""
-    future: Future[Answer] = Future()
-    future.set_result(answer)
-    return future
-
-
 def done() -> Future[None]:
     """A future that has nothing to wait for."""
     future: Future[None] = Future()
@@ -165,8 +172,10 @@ class NoPeers:
     def joined(self) -> Future[None]:
         return done()
 
-    def ask(self, question: Question) -> Future[Answer]:  # noqa: ARG002 - the contract's signature
-        return resolved(Unclaimed())
+    def ask(self, question: Question, when_awaited: Callable[[Asked], None] | None = None) -> Asked:  # noqa: ARG002 - the contract's signature
+        asked = Asked()
+        asked.set_result(Unclaimed())
+        return asked
 
     def publish(self, entry: Entry, claim: bytes, *, widely: bool, refreshed: bool = False) -> None: ...
 

@@ -14,11 +14,12 @@ without ``private``, ``no-store``, ``no-cache`` or ``Set-Cookie``, and if the re
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Future
+from concurrent.futures import InvalidStateError
 from typing import Any
 
 import anyio.to_thread
@@ -38,7 +39,7 @@ from httpx_p2pcache.entries import (
 )
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.freshness import directives, initial_age, lifetime, storable_fields, vary_names
-from httpx_p2pcache.network import Awaited, FleetClaim, Found, Question
+from httpx_p2pcache.network import Asked, FleetClaim, Found, Question, Unclaimed
 from httpx_p2pcache.node.checks import believed
 from httpx_p2pcache.pump import NOT_IN_TIME, async_wait_for, wait_for
 from httpx_p2pcache.runner import Usage
@@ -168,18 +169,16 @@ class _Sharing:
     def active(self) -> bool:
         return self._exchange.network.active
 
-    def ask(self, key: str) -> Future[Any]:
+    def ask(self, key: str) -> Asked:
         question = Question(
             key=cache_key(_carrier(key)), claim=_claim(key), method="GET", identity=ANONYMOUS, selecting={}
         )
-        return self._exchange.network.ask(question)
+        return self._exchange.network.ask(question, _without_waiting)
 
     def received(self, key: str, answer: object) -> Entry | None:
         """What a peer had under a key, if it is to be believed; may touch the disk."""
         if isinstance(answer, FleetClaim):  # a storage does not fetch
             self._exchange.network.release(_claim(key), cache_key(_carrier(key)), answer, Verdict.ABANDONED)
-        elif isinstance(answer, Awaited):
-            answer.answer.cancel()
         elif answer is None or answer is NOT_IN_TIME:
             self._exchange.stats.add("peer_timeouts")
             self._exchange.stats.add("peer_failures")
@@ -287,6 +286,12 @@ async def _async_handed_over(stream: AsyncIterator[bytes], parcel: _Parcel) -> A
 async def _async_iter(chunks: list[bytes]) -> AsyncIterator[bytes]:
     for chunk in chunks:
         yield chunk
+
+
+def _without_waiting(asked: Asked) -> None:
+    """A storage does not wait for what somebody else fetches."""
+    with contextlib.suppress(InvalidStateError):
+        asked.set_result(Unclaimed())
 
 
 def _carrier(key: str) -> str:

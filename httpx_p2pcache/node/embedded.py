@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Entry, Keyring
 from httpx_p2pcache.imports import import_trio
-from httpx_p2pcache.network import Answer, FleetClaim, NoPeers, PeerNetwork, Question, Unclaimed, done
+from httpx_p2pcache.network import Asked, FleetClaim, NoPeers, PeerNetwork, Question, Unclaimed, done
 from httpx_p2pcache.quota import Quota, QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
@@ -78,16 +78,16 @@ class EmbeddedNode:
         self._joined.add_done_callback(pass_on)
         return waiting
 
-    def ask(self, question: Question) -> Future[Answer]:
-        future: Future[Answer] = Future()
-        self._track(future)
+    def ask(self, question: Question, when_awaited: Callable[[Asked], None] | None = None) -> Asked:
+        asked = Asked(when_awaited)
+        self._track(asked)
 
         def begin(fleet: Fleet) -> None:
-            fleet.questions.ask(question, future)
+            fleet.questions.ask(question, asked)
 
         if not self._soon(begin):
-            _settle(future, Unclaimed())
-        return future
+            _settle(asked, Unclaimed())
+        return asked
 
     def publish(self, entry: Entry, claim: bytes, *, widely: bool, refreshed: bool = False) -> None:
         async def publish(fleet: Fleet) -> None:

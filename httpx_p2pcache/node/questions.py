@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import InvalidStateError
 from typing import TYPE_CHECKING
 
 import trio
@@ -20,7 +20,7 @@ from httpx_p2pcache import network
 from httpx_p2pcache.claims import Granted as ClaimGranted
 from httpx_p2pcache.claims import Look, Pending, Tidings, Verdict
 from httpx_p2pcache.exceptions import Rejected
-from httpx_p2pcache.network import Answer, Awaited, FleetClaim, Unclaimed
+from httpx_p2pcache.network import Answer, Asked, FleetClaim, Unclaimed
 from httpx_p2pcache.node.homes import MAX_HOMES
 from httpx_p2pcache.node.members import Link, Member
 from httpx_p2pcache.node.protocol import Answering, Ask, Found, Granted, Wait
@@ -34,9 +34,9 @@ logger = logging.getLogger("httpx_p2pcache")
 
 
 class _Question:
-    """One question, where it has been put, and the future that the next answer is for. A party to a call."""
+    """One question, where it has been put, and the future that the answer is for. A party to a call."""
 
-    def __init__(self, questions: Questions, asked: network.Question, future: Future[Answer]) -> None:
+    def __init__(self, questions: Questions, asked: network.Question, future: Asked) -> None:
         self._questions = questions
         self.asked = asked
         self.future = future
@@ -67,8 +67,8 @@ class Questions:
         self._over = False
         self._own_calls = 0
 
-    def ask(self, asked: network.Question, future: Future[Answer]) -> None:
-        """Answer ``future``, and the futures that it may lead to, as :class:`network.PeerNetwork` promises."""
+    def ask(self, asked: network.Question, future: Asked) -> None:
+        """Answer ``future`` as :class:`network.PeerNetwork` promises."""
         question = _Question(self, asked, future)
         try:
             put = self._fleet.is_settled() and self._put_at_once(question)
@@ -201,11 +201,10 @@ class Questions:
             self._resolve(question, Unclaimed() if stored is None else network.Found(stored))
 
     def _await(self, question: _Question) -> None:
-        """Somebody fetches it: what is told of it is the answer to a future of its own."""
-        later: Future[Answer] = Future()
-        self._resolve(question, Awaited(later))
-        question.future, question.awaited = later, True
+        """Somebody fetches it, and we are told."""
+        question.awaited = True
         self._wait(question, self._fleet.settings.claim_timeout)
+        question.future.await_fetch()
 
     def lost(self, question: _Question) -> None:
         """The member that was asked is gone: the next home knows, or decides anew."""
@@ -298,8 +297,6 @@ class Questions:
         if isinstance(answer, FleetClaim):
             asked = question.asked
             self._fleet.spawn(self._fleet.fetches.release, asked.claim, asked.key, answer.id, Verdict.ABANDONED)
-        elif isinstance(answer, Awaited):
-            answer.answer.cancel()  # who gave up waiting for this one does not wait for the next
 
     def waits_at(self) -> set[ID]:
         """The homes that owe us word of what somebody fetches."""

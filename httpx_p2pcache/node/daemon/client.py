@@ -18,7 +18,7 @@ from httpx_p2pcache import network
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Entry
 from httpx_p2pcache.exceptions import Rejected
-from httpx_p2pcache.network import Answer, Awaited, FleetClaim, NoPeers, PeerNetwork, Question, Unclaimed
+from httpx_p2pcache.network import Asked, FleetClaim, NoPeers, PeerNetwork, Question, Unclaimed
 from httpx_p2pcache.node.daemon.protocol import (
     FRAME_OVERHEAD,
     VERSION,
@@ -128,10 +128,10 @@ class DaemonNode:
         future.set_result(None)
         return future
 
-    def ask(self, question: Question) -> Future[Answer]:
-        future: Future[Answer] = Future()
-        self._call(lambda number: Ask(number, question), future, Unclaimed())
-        return future
+    def ask(self, question: Question, when_awaited: Callable[[Asked], None] | None = None) -> Asked:
+        asked = Asked(when_awaited)
+        self._call(lambda number: Ask(number, question), asked, Unclaimed())
+        return asked
 
     def publish(self, entry: Entry, claim: bytes, *, widely: bool, refreshed: bool = False) -> None:
         self._send(Publish(entry, claim, widely, refreshed))
@@ -209,13 +209,13 @@ class DaemonNode:
             raise WrongFleet(f"the daemon at {self._path} is not for this process: {frame.why}")
 
     def _answered(self, frame: Answered) -> None:
-        future = self._open.pop(frame.call, None)
         if frame.kind == "awaited":
-            later: Future[Answer] = Future()
-            self._track(frame.call, later)
-            if not self._settle(future, Awaited(later)):
-                later.cancel()
-        elif frame.kind == "claim":
+            asked = self._open.get(frame.call)
+            if isinstance(asked, Asked):
+                asked.await_fetch()
+            return
+        future = self._open.pop(frame.call, None)
+        if frame.kind == "claim":
             # To one who has given up it says so itself, by Forget: the daemon gives the claim back.
             self._settle(future, FleetClaim(frame.id))
         else:
@@ -309,15 +309,13 @@ class DaemonNode:
             self._settle(future, None)
 
     @staticmethod
-    def _settle(future: Future[Any] | None, result: object) -> bool:
+    def _settle(future: Future[Any] | None, result: object) -> None:
         """Set a result, if anybody still waits for it."""
         try:
             if future is not None:
                 future.set_result(result)
-                return True
         except InvalidStateError:
             pass
-        return False
 
 
 def _read(connection: socket.socket, limit: int) -> bytes:

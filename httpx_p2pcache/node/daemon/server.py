@@ -20,7 +20,7 @@ import trio
 from httpx_p2pcache import network
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.exceptions import Rejected
-from httpx_p2pcache.network import Awaited, FleetClaim, PeerNetwork
+from httpx_p2pcache.network import Asked, FleetClaim, PeerNetwork
 from httpx_p2pcache.node.daemon.protocol import (
     FRAME_OVERHEAD,
     VERSION,
@@ -176,7 +176,7 @@ class _Process:
 
     async def _do(self, frame: FromProcess) -> None:
         if isinstance(frame, Ask):
-            self._follow(frame, self._network.ask(frame.question))
+            self._ask(frame)
         elif isinstance(frame, Publish):
             self._settled(frame.claim)
             self._network.publish(frame.entry, frame.claim, widely=frame.widely, refreshed=frame.refreshed)
@@ -196,35 +196,41 @@ class _Process:
         else:
             raise Rejected("a process attaches once")
 
-    def _follow(self, asked: Ask, future: Future[Any]) -> None:
-        """Tell the process what comes of its question."""
-        self._asked[asked.call] = future
+    def _ask(self, frame: Ask) -> None:
+        """Put a process's question, and tell it what comes of that."""
+        call, question = frame.call, frame.question
 
         def tell(answer: object) -> None:
-            if self._asked.pop(asked.call, None) is None:  # it has left, or given up: given back by its cancellation
-                self._give_back(asked, answer)
-            elif isinstance(answer, Awaited):
-                self.tell(Answered(asked.call, "awaited"))
-                self._follow(asked, answer.answer)
+            if self._asked.pop(call, None) is None:  # it has left, or given up: given back by its cancellation
+                if isinstance(answer, FleetClaim):
+                    self._network.release(question.claim, question.key, answer, Verdict.ABANDONED)
             elif isinstance(answer, FleetClaim):
-                self._held[asked.call] = asked.question.claim, asked.question.key, answer
-                self.tell(Answered(asked.call, "claim", answer.id))
+                self._held[call] = question.claim, question.key, answer
+                self.tell(Answered(call, "claim", answer.id))
             else:
-                self.tell(Answered(asked.call, "found" if isinstance(answer, network.Found) else "unclaimed"))
+                self.tell(Answered(call, "found" if isinstance(answer, network.Found) else "unclaimed"))
 
-        self._when_done(future, tell)
+        def when_awaited(_: Asked) -> None:
+            self._soon(self.tell, Answered(call, "awaited"))
+
+        self._asked[call] = asked = self._network.ask(question, when_awaited)
+        self._when_done(asked, tell)
 
     def _when_done(self, future: Future[Any], func: Callable[[Any], None]) -> None:
         """Call ``func`` with the result in this loop, unless it is cancelled."""
 
         def done(future: Future[Any]) -> None:
             if not future.cancelled():
-                try:
-                    self._token.run_sync_soon(func, future.result())
-                except trio.RunFinishedError:
-                    pass
+                self._soon(func, future.result())
 
         future.add_done_callback(done)
+
+    def _soon(self, func: Callable[[Any], None], value: object) -> None:
+        """Call ``func`` in this loop, from any thread."""
+        try:
+            self._token.run_sync_soon(func, value)
+        except trio.RunFinishedError:
+            pass
 
     def _forget(self, call: int) -> None:
         future = self._asked.pop(call, None)
@@ -233,12 +239,6 @@ class _Process:
         held = self._held.pop(call, None)
         if held is not None:
             self._network.release(*held, Verdict.ABANDONED)
-
-    def _give_back(self, asked: Ask, answer: object) -> None:
-        if isinstance(answer, Awaited):
-            answer.answer.cancel()
-        elif isinstance(answer, FleetClaim):
-            self._network.release(asked.question.claim, asked.question.key, answer, Verdict.ABANDONED)
 
     def _settled(self, claim: bytes) -> None:
         self._held = {call: held for call, held in self._held.items() if held[0] != claim}
