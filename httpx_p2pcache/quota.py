@@ -24,7 +24,8 @@ LONGEST_PAUSE = 3600.0
 MAX_QUOTAS = 1000  # identities and resources known at a time
 TELL_SECONDS = 10.0  # between two messages to the fleet about one quota, unless it begins or ends to refuse
 
-Count = Annotated[int, Meta(ge=0, le=2**31)]
+MOST = 2**31
+Count = Annotated[int, Meta(ge=0, le=MOST)]
 
 
 class Quota(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -66,6 +67,7 @@ class QuotaBoard:
                 return None
             limit, remaining, reset = limit or 0, remaining or 0, reset or 0
         place = identity, headers.get("x-ratelimit-resource") or resource(url)
+        limit, remaining = min(limit, MOST), min(remaining, MOST)  # members believe no more
         with self._lock:
             known = self._quotas.get(place)
             until = 0.0

@@ -60,6 +60,12 @@ class Tombstones:
                     " ON CONFLICT DO UPDATE SET since = max(since, excluded.since)",
                     rows,
                 )
+                if len(self._since) >= MAX_TOMBSTONES:  # there may be more in the file
+                    connection.execute(
+                        "DELETE FROM tombstones WHERE since <="
+                        " (SELECT since FROM tombstones ORDER BY since DESC LIMIT 1 OFFSET ?)",
+                        (MAX_TOMBSTONES,),
+                    )
         except sqlite3.Error:
             logger.debug("a removal could not be noted for other processes", exc_info=True)
 

@@ -144,8 +144,9 @@ class Fetches:
 
     async def _tell_new_home(self, claim: bytes, held: _Fetch) -> None:
         home = await self._fleet.homes.of(held.key)
-        if home is not None:
-            await home.send(Fetching([(claim, held.id, held.ends - trio.current_time())]))
+        left = held.ends - trio.current_time()
+        if home is not None and left > 0:
+            await home.send(Fetching([(claim, held.id, left)]))
 
     def expire(self) -> None:
         """Claims of ours whose end has come are forgotten."""

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 
 import anyio.to_thread
 import trio
+import trio.lowlevel
 from libp2p.peer.id import ID
 
 from httpx_p2pcache.entries import Keyring
@@ -37,6 +39,7 @@ from httpx_p2pcache.node.presence import ADMISSION_SECONDS, Presence
 from httpx_p2pcache.node.protocol import (
     FRAME_OVERHEAD,
     Acquainted,
+    Fetching,
     Introduce,
     Inventory,
     Message,
@@ -63,6 +66,7 @@ LOOK_SECONDS = 1.0  # between two looks at who is not needed, and who is a stran
 COUNTS_SECONDS = 2.0  # between two messages to the members about what has been counted
 JUDGE_SECONDS = 0.01  # for which what is new about members is collected, longer the more there are
 NEWCOMER_SECONDS = 0.5  # within which somebody who has connected is expected to know the others
+MAX_LINKS_EACH = 4  # to one peer: two that dial each other at the same moment have two
 MAX_RUNNERS = 1000  # whose counts one member may tell
 MAX_KNOWN = 1000  # members that one member may have
 MAX_HOLDS = 1000  # cache keys in an inventory, the latest used
@@ -102,6 +106,7 @@ class Fleet:
         self.stopping = trio.Event()
         self.nursery: trio.Nursery
         self._called_ready: set[ID] = set()
+        self._links: Counter[ID] = Counter()  # to each peer, introduced or not
         self._somebody_ready = trio.Event()
         self._worker = Worker("p2pcache-disk")
         self._ledger = Ledger(self.settings.dir)
@@ -132,6 +137,7 @@ class Fleet:
                         self._every(REMIND_SECONDS, self._remind)
                         self._every(COUNTS_SECONDS, self._tell_counts)
                         await self.stopping.wait()
+                        await trio.lowlevel.checkpoint()  # what was handed over before that begins
                         # What has been paid for is handed over first: a short process would share nothing else.
                         with trio.move_on_after(FAREWELL_SECONDS):
                             await self.fetches.published()
@@ -269,10 +275,17 @@ class Fleet:
             else:
                 await self.home.handle(link, message)
 
+        if self._links[link.peer_id] >= MAX_LINKS_EACH:
+            await link.close()
+            return
+        self._links[link.peer_id] += 1
         try:
             await self._introduce(link)  # before it can be a member, and be told that we are ready
             await link.serve(handle, self.home.at_once)
         finally:
+            self._links[link.peer_id] -= 1
+            if not self._links[link.peer_id]:
+                del self._links[link.peer_id]
             self._part_from(link)
 
     async def _introduce(self, link: Link) -> None:
@@ -434,10 +447,14 @@ class Fleet:
         self._somebody_ready = trio.Event()
 
     def _part_from(self, link: Link) -> None:
+        self.home.parted(link)
         member = self.members.get(link.peer_id)
         if member is None or link not in member.links:
             return
         member.links.remove(link)
+        fetching = self.fetches.fetching()
+        if member.links and fetching:  # it does not know which of our claims have come to us on the link that is lost
+            self.spawn(member.send, Fetching(fetching))
         if not member.links:
             del self.members[link.peer_id]
             self._called_ready.discard(link.peer_id)

@@ -73,6 +73,7 @@ class Asker(NamedTuple):
     peer_id: ID
     call: int
     tell: Callable[[Tidings], None]
+    link: Link | None = None  # on which it waits, or has been granted what it asked for
 
     def __hash__(self) -> int:
         return hash((self.peer_id, self.call))
@@ -198,7 +199,7 @@ class Home:
         def tell(tidings: Tidings) -> None:
             self._fleet.spawn(self._deliver, link, call, question, tidings)
 
-        answer = self._claims.ask(question.claim, Asker(link.peer_id, call, tell), trio.current_time())
+        answer = self._claims.ask(question.claim, Asker(link.peer_id, call, tell, link), trio.current_time())
         if isinstance(answer, Pending):
             return Wait(call)
         return Nothing(call) if isinstance(answer, Go) else self._grant(link, call, question, answer.id, stored)
@@ -265,12 +266,12 @@ class Home:
             return stored
         self.hints.pop(question.key, None)
         try:
-            budget = self._fleet.settings.lookup_timeout / 2
-            answer = await holder.link.call(lambda n: Ask(n, question, forwarded=True), budget)
+            link, budget = holder.link, self._fleet.settings.lookup_timeout / 2
+            answer = await link.call(lambda n: Ask(n, question, forwarded=True), budget)
         except OSError:
             return stored
         if isinstance(answer, Found):
-            await self._shelf.received(question.key, answer.sealed, answer.resident, holder.keyring)
+            await self._shelf.received(question.key, answer.sealed, answer.resident, link.keyring)
         return await self._shelf.select(question)
 
     # Claims
@@ -286,6 +287,10 @@ class Home:
     def lost(self, peer_id: ID) -> None:
         """A member is gone: what it was fetching passes to the first who waits."""
         self._tell(self._claims.forget(lambda asker: asker.peer_id == peer_id, trio.current_time()))
+
+    def parted(self, link: Link) -> None:
+        """A link is lost, and with it what was told to a member on it: it asks anew on another."""
+        self._tell(self._claims.forget(lambda asker: asker.link is link, trio.current_time()))
 
     def expire(self) -> None:
         """Claims whose end has come pass on."""

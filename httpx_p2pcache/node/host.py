@@ -295,11 +295,15 @@ class Host:
 
     async def disconnect(self, peer_id: ID) -> None:
         """Close every connection to a peer."""
-        with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_SECONDS):
+        muxers = [one.muxed_conn for one in self._swarm.get_connections(peer_id)]
+        with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_SECONDS) as scope:
             try:
                 await self._swarm.close_peer(peer_id)
             except Exception:  # noqa: S110 - it is being closed: how it fails to be does not matter
                 pass
+        if scope.cancelled_caught:  # it does not read, so cannot be told
+            for muxer in muxers:
+                await muxer.abandon()
 
     def forget(self, peer_id: ID) -> None:
         """It is not dialled any more."""

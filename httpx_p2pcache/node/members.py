@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ WRITE_SECONDS = 5.0  # a peer that does not read for so long is gone
 USES = (Ask, Publish, Push, Found, Granted, Nothing, Published)
 FRAMES_AT_ONCE = 32  # of one peer's, after which all else has a turn
 ROOM = 128 * 1024  # bytes that a peer is ready to read, where we answer it at once
+FRAME_SECONDS = 60.0  # for a frame that has begun to come to its end
 CALLS_AT_ONCE = 128  # of one peer's that we work on at a time; more wait in its stream
 
 
@@ -71,6 +73,7 @@ class Link:
         self._room: Callable[[], int] = getattr(stream, "room", lambda: 0)
         self._write_at_once: Callable[[bytes], bool] = getattr(stream, "write_at_once", lambda _: False)
         self._between = False  # two frames: waiting for the next
+        self._begun = math.inf  # when the frame that is being read began, in the loop's time
         self._frames = itertools.count(1)
         self._calls = itertools.count(1)
         self._parties: dict[int, Party] = {}  # to calls that are under way
@@ -186,7 +189,8 @@ class Link:
     async def read(self, n: int | None = None) -> bytes:
         """At most ``n`` bytes of a frame."""
         data: bytes = await self._stream.read(n)
-        self._between = False
+        if self._between:
+            self._between, self._begun = False, trio.current_time()
         self.received += len(data)
         return data
 
@@ -228,7 +232,7 @@ class Link:
                 while True:
                     if self._is_others_turn():
                         await trio.lowlevel.checkpoint()
-                    self._between = True
+                    self._between, self._begun = True, math.inf
                     message = self._left_of(await read_frame(self, self._limit), at_once)
                     if isinstance(message, (Introduce, Acquainted)):  # what is said after it depends on it
                         await handle(self, message)
@@ -252,6 +256,10 @@ class Link:
             return not isinstance(answer, Granted)
         party.answered(answer)
         return True
+
+    def is_stuck(self) -> bool:
+        """Whether it is in the middle of a frame for too long."""
+        return trio.current_time() - self._begun > FRAME_SECONDS
 
     @property
     def busy(self) -> bool:

@@ -36,6 +36,8 @@ class Presence:
         self._fleet.fetches.expire()
         waited_for = home.owing() | self._fleet.questions.waits_at()
         for member in list(self._fleet.members.values()):
+            for link in [link for link in member.links if link.is_stuck()]:
+                self._fleet.spawn(link.close)
             silence = now - max(member.heard(), member.asked)
             if silence > SILENCE_SECONDS or (silence > URGENT_SECONDS and member.peer_id in waited_for):
                 self.ask(member)

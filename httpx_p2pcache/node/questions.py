@@ -110,6 +110,8 @@ class Questions:
     async def _put(self, question: _Question) -> None:
         """The same for one who waits."""
         fleet = self._fleet
+        if question.future.cancelled():  # nobody wants to know any more
+            return
         try:
             if not fleet.is_settled():
                 await fleet.settled(fleet.settings.lookup_timeout / 4)
@@ -210,6 +212,8 @@ class Questions:
         """The member that was asked is gone: the next home knows, or decides anew."""
         if question in self._open:
             self._drop(question)
+            if question.future.cancelled():  # nobody wants to know any more
+                return
             self._spawn(self._look_here if question.forwarded else self._put, question)
 
     def _spawn(self, func: Callable[..., Awaitable[None]], question: _Question, *args: object) -> None:

@@ -15,7 +15,7 @@ from httpx_p2pcache.answers import driven
 from httpx_p2pcache.entries import Entry, Keyring
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.network import Question
-from httpx_p2pcache.node.checks import believed
+from httpx_p2pcache.node.checks import MAX_RESIDENT, believed
 from httpx_p2pcache.stored import Stored, same_place
 
 if TYPE_CHECKING:
@@ -191,4 +191,4 @@ def helps(stored: Stored | None, question: Question) -> bool:
 
 def resident(received: float) -> float:
     """For how many seconds we have held what was ``received`` then."""
-    return max(0.0, time.time() - received)
+    return min(max(0.0, time.time() - received), MAX_RESIDENT)

@@ -161,6 +161,12 @@ class Muxer(Yamux):  # type: ignore[misc] # py-libp2p is not typed for mypy
         self.streams_lock: Any = Lock()
         self.widened = trio.Event()  # set, and made anew, whenever a peer has widened a stream's window
 
+    async def abandon(self) -> None:
+        """End without a word: who waits for the end of the connection is let go, and its socket is closed."""
+        self.event_closed.set()
+        with trio.CancelScope(shield=True), trio.move_on_after(LAST_WORDS_SECONDS):
+            await self.secured_conn.raw.close()
+
     async def _write_frame(self, data: bytes) -> None:
         if not self.write_at_once(data):
             async with self._write_lock:
@@ -184,7 +190,7 @@ class Sieve:
         self._stream = 0  # whose data is being read ...
         self._left = 0  # ... and how much more of it there is
         self._passed = 0  # bytes of a frame's body that Yamux has still to read
-        self._raw: Direct = secured.conn.read_writer.read_write_closer.stream
+        self.raw: Direct = secured.conn.read_writer.read_write_closer.stream
         self._begun = False
 
     async def read(self, n: int) -> bytes:
@@ -239,7 +245,7 @@ class Sieve:
 
     async def _more(self) -> None:
         """One more message of Noise; the first time what py-libp2p has left of one."""
-        message = await self._raw.message() if self._begun else b""
+        message = await self.raw.message() if self._begun else b""
         self._begun = True
         self._plain += self._secured.conn.decrypt(message) if message else await self._secured.read(None)
 
@@ -255,10 +261,10 @@ class Sieve:
 
     def write_at_once(self, data: bytes) -> bool:
         """Whether that could be done without waiting."""
-        if not self._raw.free():
+        if not self.raw.free():
             return False
         sealed = self._secured.conn.encrypt(data)
-        self._raw.write_at_once(len(sealed).to_bytes(2, "big") + sealed)
+        self.raw.write_at_once(len(sealed).to_bytes(2, "big") + sealed)
         return True
 
     def __getattr__(self, name: str) -> Any:

@@ -379,7 +379,7 @@ def test_what_is_written_at_once_arrives_in_order_though_the_kernel_takes_only_s
 
         async with pair(serve) as (_, connect):
             stream = await connect()
-            raw = stream.muxed_conn.secured_conn._raw
+            raw = stream.muxed_conn.secured_conn.raw
             raw._inner.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10_000)
             taken = [stream.write_at_once(piece) for piece in pieces[:2]]
             assert taken == [True, False]  # the rest of the first is being written
