@@ -9,15 +9,15 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import anyio
-import anyio.to_thread
 import hishel
 from hishel import Headers
 
 from httpx_p2pcache.answers import Answer, Reply, Way
+from httpx_p2pcache.claims import Seated
 from httpx_p2pcache.exceptions import ConfigurationError
 from httpx_p2pcache.keep import Keep
 from httpx_p2pcache.origins import Origins
-from httpx_p2pcache.pump import Fields, async_drive, asyncio_loop, drive
+from httpx_p2pcache.pump import Fields, async_drive, asyncio_loop, drive, in_thread
 from httpx_p2pcache.runner import CLOSE_SECONDS, Usage
 from httpx_p2pcache.settings import Settings
 
@@ -79,7 +79,7 @@ class CachingTransport:
         if answer is None:
             # trio has no place for a task that outlives its caller: there the caller waits for the revalidation.
             loop = asyncio_loop()
-            caller = anyio.get_current_task().id
+            caller = Seated(threading.get_ident(), anyio.get_current_task().id)
             way = self._exchange.way(asked, caller, _patience(request), background=loop is not None)
             answer = await self._async_drive(way, request)
             if answer.afterwards is not None and loop is not None:
@@ -102,14 +102,14 @@ class CachingTransport:
     def _drive(self, way: Way, request: Any) -> Answer:
         def send(added: Fields) -> Reply:
             origin = self._sync_origin(request.url)
-            return _reply(origin.handle_request(_with(self._library, request, added)))
+            return _reply(self._library, origin.handle_request(_with(self._library, request, added)))
 
         return drive(way, send, _discard, _read)
 
     async def _async_drive(self, way: Way, request: Any) -> Answer:
         async def send(added: Fields) -> Reply:
             origin = self._async_origin(request.url)
-            return _reply(await origin.handle_async_request(_with(self._library, request, added)))
+            return _reply(self._library, await origin.handle_async_request(_with(self._library, request, added)))
 
         return await async_drive(way, send, _async_discard, _async_read)
 
@@ -140,7 +140,7 @@ class CachingTransport:
     async def aclose(self) -> None:
         for task in list(self._tasks):
             task.cancel()
-        await anyio.to_thread.run_sync(self._usage.close)
+        await in_thread(self._usage.close)
         inner: Any = self._origins or self.next_transport
         if hasattr(inner, "aclose"):
             await inner.aclose()
@@ -184,11 +184,14 @@ def _patience(request: Any) -> float | None:
 
 
 def _asked(request: Any) -> hishel.Request:
-    """The request as the exchange sees it: no user information, no fragment, lines of one field kept apart."""
+    """The request as the exchange sees it: no user information, no fragment, no Host but one that is not the URL's,
+    lines of one field kept apart."""
     url = request.url
     fields: dict[str, list[str]] = {}
     for name, value in request.headers.raw:
         fields.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+    if fields.get("host") == [url.netloc.decode("ascii")]:  # it says no more than the URL
+        del fields["host"]
     # httpcore sends the extension "target" in the place of the path, if there is one: then that is asked for.
     target: bytes = request.extensions.get("target") or url.raw_path
     asked = f"{url.scheme}://{url.netloc.decode('ascii')}{target.decode('latin-1')}"
@@ -209,11 +212,29 @@ def _with(library: Any, request: Any, added: Fields) -> Any:
     )
 
 
-def _reply(response: Any) -> Reply:
+def _reply(library: Any, response: Any) -> Reply:
+    if getattr(response, "is_stream_consumed", False) and not isinstance(response.stream, library.ByteStream):
+        response = _unread(library, response)
     fields: dict[str, list[str]] = {}
     for name, value in response.headers.raw:
         fields.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
     return Reply(response.status_code, Headers(fields), response)
+
+
+def _unread(library: Any, response: Any) -> Any:
+    """A response that a transport below has read already, as one that can be read: by then it is decoded."""
+    try:
+        body: bytes = response.content
+    except library.ResponseNotRead:  # it was not kept: nobody can have it
+        return response
+    coded = (b"content-encoding", b"content-length", b"transfer-encoding")
+    headers = [(name, value) for name, value in response.headers.raw if name.lower() not in coded]
+    return library.Response(
+        response.status_code,
+        headers=[*headers, (b"content-length", b"%d" % len(body))],
+        stream=library.ByteStream(body),
+        extensions=response.extensions,
+    )
 
 
 def _response(library: Any, answer: Answer, request: Any, kept: type[Any]) -> Any:
@@ -233,7 +254,8 @@ def _response(library: Any, answer: Answer, request: Any, kept: type[Any]) -> An
             extensions={"http_version": b"HTTP/1.1", **extensions},
         )
     if answer.reply is None:  # RFC 9111 §5.2.1.7
-        return library.Response(504, headers=[(b"content-length", b"0"), cache_status], extensions=extensions)
+        headers = [(b"content-length", b"0"), cache_status]
+        return library.Response(504, headers=headers, stream=library.ByteStream(b""), extensions=extensions)
     native = answer.reply.native
     stream = native.stream
     return library.Response(
@@ -281,7 +303,7 @@ class _AsyncKeptStream:
         async for chunk in self._stream:
             self._keep.feed(chunk)
             yield chunk
-        await anyio.to_thread.run_sync(self._keep.finish)
+        await in_thread(self._keep.finish)
 
     async def aclose(self) -> None:
         self._keep.abandon()

@@ -184,6 +184,13 @@ class ClaimTable(Generic[Asker]):
         return [(key, waiter, tidings) for waiter in waiters]
 
 
+class Seated(NamedTuple):
+    """A task of an event loop, as one who asks."""
+
+    thread: int
+    task: int
+
+
 class Seat(NamedTuple):
     """One who asks within a process: the thread or task, and the future by which it is told."""
 
@@ -213,7 +220,8 @@ class Flights:
             now = self._clock()
             told = self._table.expire(now)
             holder = self._table.holder(key)
-            answer = Go() if holder and holder.caller == caller else self._table.ask(key, seat, now)
+            waits_for_itself = holder is not None and _blocks(caller, holder.caller)
+            answer = Go() if waits_for_itself else self._table.ask(key, seat, now)
         self._tell(told)
         return seat.future if isinstance(answer, Pending) else answer
 
@@ -233,3 +241,9 @@ class Flights:
                 if isinstance(tidings, Granted):
                     with self._lock:
                         told += self._table.release(key, tidings.id, Verdict.ABANDONED, self._clock())
+
+
+def _blocks(caller: Hashable, holder: Hashable) -> bool:
+    """Whether the holder of a claim cannot go on while ``caller`` waits: it is the same, or a task of the loop that a
+    sync call in its thread holds up."""
+    return caller == holder or (isinstance(holder, Seated) and caller == holder.thread)

@@ -29,7 +29,9 @@ def viewed(entry: Entry, method: str, headers: Headers) -> View:
     body = b"" if method == "HEAD" else entry.body
     if entry.status == 200 and not_modified(entry, headers):
         return View(304, b"", dropped=("content-length", "content-encoding", "content-type", "content-range"))
-    if entry.status == 200 and method == "GET" and "range" in headers and range_holds(entry, headers):
+    # Of a coded body no part can be decoded, and clients do that by the field alone: a range may be ignored (§14.2).
+    whole = "content-encoding" in entry.headers or "range" not in headers
+    if entry.status == 200 and method == "GET" and not whole and range_holds(entry, headers):
         return _part(entry, headers["range"])
     return View(entry.status, body)
 

@@ -50,6 +50,10 @@ class Connection(sqlite3.Connection):
         with contextlib.suppress(sqlite3.Error), self.impatient():
             self.execute("UPDATE entries SET last_accessed_at = ? WHERE id = ?", (now, id_))
 
+    def clear(self) -> None:
+        """Remove every entry, and give the room back. Raises ``sqlite3.Error``."""
+        self.executescript("BEGIN IMMEDIATE; DELETE FROM streams; DELETE FROM entries; COMMIT; VACUUM;")
+
     def commit(self) -> None:
         """Not while many are written :meth:`together`."""
         if not self._together:

@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import os
 import re
+import socket
+import uuid
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import msgspec
 from hishel import Headers, Request
@@ -61,6 +65,8 @@ CLEAR_FIELDS = frozenset(
     }
 )
 # RFC 9110 §12.5: what is preferred is said by weights, and neither by order nor by case.
+# Names of other machines, or of another view of this one, wherever they are used; and any name without a dot.
+_LOCAL_NAMES = (".localhost", ".local", ".localdomain", "host.docker.internal", "metadata.google.internal")
 _UNORDERED_FIELDS = frozenset({"accept", "accept-charset", "accept-encoding", "accept-language"})
 # Two requests that differ in these ask for different representations, so each has a claim of its own.
 _CLAIM_FIELDS = ("accept", "accept-language", "x-github-api-version")
@@ -104,8 +110,40 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 def cache_key(url: str) -> bytes:
-    """The 32 bytes that name all entries of a URL (without user information and fragment)."""
-    return hashlib.sha256(PROTOCOL + b" " + url.encode()).digest()
+    """The 32 bytes that name all entries of a URL (without user information and fragment).
+
+    A host that is another one on each machine, as ``localhost`` is, has other keys on each: what is there is shared
+    among the runners of a machine, and never with another's.
+    """
+    return hashlib.sha256(PROTOCOL + b" " + _place(_authority(url)) + url.encode()).digest()
+
+
+def _authority(url: str) -> str:
+    return url.partition("://")[2].partition("/")[0]
+
+
+@lru_cache(maxsize=1024)
+def _place(authority: str) -> bytes:
+    """Where an authority has its meaning: b"" for everywhere, else what names this machine."""
+    try:
+        host = (urlsplit(f"//{authority}").hostname or "").partition("%")[0].rstrip(".")
+        address = ipaddress.ip_address(host if ":" in host else socket.inet_aton(host))  # also 127.1
+        local = address.is_loopback or address.is_link_local or address.is_unspecified
+    except OSError:  # it is a name
+        local = "." not in host or host.endswith(_LOCAL_NAMES)
+    except ValueError:
+        return b""
+    return _machine() if local else b""
+
+
+@lru_cache
+def _machine() -> bytes:
+    """What tells this machine from others: on Linux its boot and the network that the process is in."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/net')} ".encode()
+    except OSError:
+        return f"{socket.gethostname()} {uuid.getnode()} ".encode()
 
 
 def body_digest(body: bytes) -> bytes:
@@ -154,9 +192,16 @@ def links(entry: Entry) -> list[tuple[str, str]]:
 
 
 def resolved_url(base: str, reference: str) -> str:
-    """``reference`` as seen from ``base``, without fragment; "" for one that is no URL reference."""
+    """``reference`` as seen from ``base``, without fragment, as clients write it; "" for one that is no URL reference.
+
+    Scheme and host in lower case, no port that is the scheme's own, no empty path (RFC 9110 §4.2.3).
+    """
     try:
-        return urljoin(base, reference.strip()).partition("#")[0]
+        parts = urlsplit(urljoin(base, reference.strip()))
+        authority = parts.netloc.lower()
+        if parts.port is not None and parts.port == {"http": 80, "https": 443}.get(parts.scheme):
+            authority = authority.rpartition(":")[0]
+        return urlunsplit((parts.scheme, authority, parts.path or "/", parts.query, ""))
     except ValueError:
         return ""
 
@@ -255,14 +300,13 @@ class Keyring:
         return None if lines is None else self._normalised(name, *lines)
 
     def _normalise(self, name: str, *lines: str) -> str:
-        if name == "user-agent":  # no list: a comma in it is one
+        if name not in _UNORDERED_FIELDS:  # it need not be a list: a comma may be part of what it says
             value = ", ".join(line.strip() for line in lines)
         else:
             members = [part.strip() for line in lines for part in _outside_quotes(",", line)]
-            if name in _UNORDERED_FIELDS:
-                members = sorted({_caseless(member) for member in members} - {""})
-                if name == "accept" and not members:
-                    members = ["*/*"]  # gh sends the field without a value, and means what others say by this
+            members = sorted({_caseless(member) for member in members} - {""})
+            if name == "accept" and not members:
+                members = ["*/*"]  # gh sends the field without a value, and means what others say by this
             value = ", ".join(members)
         if name in CLEAR_FIELDS:
             return value
@@ -346,5 +390,5 @@ def claim_key(request: Request, partition: str) -> bytes:
     Where every identity can use the answer the partition is "", so that the whole fleet waits for one fetch.
     """
     asked = (request.headers.get(name) or ("*/*" if name == "accept" else "") for name in _CLAIM_FIELDS)
-    parts = [request.method, request.url, partition, *asked]
+    parts = [_place(_authority(request.url)), request.method, request.url, partition, *asked]
     return hashlib.sha256(PROTOCOL + b" claim " + repr(parts).encode()).digest()[:16]

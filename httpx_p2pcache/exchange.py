@@ -52,12 +52,13 @@ from httpx_p2pcache.lease import Lease
 from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.lookup import CACHEABLE, FOR_THE_ORIGIN, SPECIAL, Lookup
 from httpx_p2pcache.network import PeerNetwork
-from httpx_p2pcache.quota import QuotaBoard
+from httpx_p2pcache.quota import QuotaBoard, refuses
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats, aggregate, summary
 from httpx_p2pcache.store import Store
 from httpx_p2pcache.stored import Stored
 
+_NEVER_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"})  # as clients name it
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110 §9.2.1
 
 
@@ -84,6 +85,7 @@ class Exchange:
         self.quotas = quotas
         self.ledger = ledger
         self.flights = Flights(settings.claim_timeout, time.monotonic)
+        self.revalidating: dict[bytes, float] = {}  # in the background, by claim key: until when nobody else begins it
         self.may_wait_to_join = settings.join_timeout > 0
 
     def describe(self) -> dict[str, object]:
@@ -108,6 +110,7 @@ class Exchange:
         self.network = network
         self.store.behind = not network.by_file
         self.flights = Flights(self.settings.claim_timeout, time.monotonic)
+        self.revalidating = {}
         self.stats = Stats()
         self.github.after_fork(self.stats)
         self.ledger = Ledger(self.settings.dir)
@@ -130,17 +133,16 @@ class Exchange:
         return self.from_store(best, time.time(), source="local")
 
     def fresh(self, request: hishel.Request, asker: Asker, found: list[Stored]) -> Stored | None:
-        """The newest of ``found`` that a plain request (as :meth:`GitHub.seen`) may have without validation."""
-        now, best, value_of = time.time(), None, self.value_of(request)
+        """The latest of ``found`` that a plain request (as :meth:`GitHub.seen`) selects, if it needs no validation."""
+        best, value_of = None, self.value_of(request)
         for stored in found:
             if (
-                stored.fresh(now)
+                (best is None or stored.made > best.made)
                 and self.may_use(stored, asker)
                 and stored.matches(request.method, value_of)
-                and (best is None or stored.entry.age(now) < best.entry.age(now))
             ):
                 best = stored
-        return best
+        return best if best is not None and best.fresh(time.time()) else None
 
     def way(
         self, request: hishel.Request, caller: Hashable, patience: float | None, *, background: bool = False
@@ -161,11 +163,20 @@ class Exchange:
             or len(request.url) > MAX_URL
             or carries_credentials(request.url)
         ):
-            return (yield from self.pass_by(request, "bypass"))
+            sent = time.time()
+            answer = yield from self.pass_by(request, "bypass")
+            yield from self.heed_refusal(request, answer.reply, sent)
+            return answer
         return (yield from Lookup(self, request, wishes, patience, background).way(caller))
 
     def _write_through(self, request: hishel.Request) -> Way:
-        answer = yield from self.pass_by(request, "method")
+        sent, key = time.time(), cache_key(request.url)
+        try:
+            answer = yield from self.pass_by(request, "method")
+        except Exception as exc:
+            if request.method not in _SAFE and type(exc).__name__ not in _NEVER_SENT:  # it may have been done
+                yield from self._invalidate([key])
+            raise
         reply = answer.reply
         if request.method in _SAFE or reply is None or reply.status >= 400:
             return answer
@@ -175,26 +186,50 @@ class Exchange:
                 target = resolved_url(request.url, value)
                 if same_origin(target, request.url):
                     targets.add(target)
-        keys = [cache_key(url) for url in sorted(targets)]
-        yield Run(partial(self.store.invalidate, keys))
-        if self.network.active:
-            yield Wait(self.network.invalidate(keys), self.settings.lookup_timeout)
-        if _answers_get(request, reply) and "no-store" not in directives(request.headers):
+        answers_get = _answers_get(request, reply)
+        # Another write that has ended meanwhile may have been done after this one.
+        outdone = answers_get and (yield Run(partial(self.store.written, key, sent)))
+        yield from self._invalidate([cache_key(url) for url in sorted(targets)])
+        if answers_get and not outdone and "no-store" not in directives(request.headers):
             lookup = Lookup(self, hishel.Request("GET", request.url, request.headers), {})
             answer.keep = Keep(lookup, reply, time.time(), Lease(self, lookup.key, bytes(16)))
             answer.cache_status += "; stored"
             answer.caching["stored"] = True
         return answer
 
+    def _invalidate(self, keys: list[bytes]) -> Generator[Effect, Any, None]:
+        yield Run(partial(self.store.invalidate, keys))
+        if self.network.active:
+            yield Wait(self.network.invalidate(keys), self.settings.lookup_timeout)
+
     def pass_by(self, request: hishel.Request, why: str) -> Way:
         reply = yield from self.send(request, {})
         return Answer(None, reply, f"fwd={why}", caching("origin"))
 
+    def begins_revalidation(self, claim: bytes) -> bool:
+        """Whether the caller is to revalidate in the background: one at a time does, for all."""
+        now = time.monotonic()
+        if self.revalidating.get(claim, 0.0) > now:
+            return False
+        self.revalidating[claim] = now + self.settings.claim_timeout
+        return True
+
+    def heed_refusal(self, request: hishel.Request, reply: Reply | None, sent: float) -> Generator[Effect, Any, None]:
+        """Where this identity may not see it, or it is gone: nothing older is served stale afterwards."""
+        if reply is not None and reply.status in (401, 403, 404, 410) and not refuses(reply.status, reply.headers):
+            identity = self.keyring.asker(self.github.seen(request)).identity
+            yield Run(partial(self.store.refuse, cache_key(request.url), identity, since=sent))
+
     def send(self, request: hishel.Request, added: dict[str, str]) -> Generator[Effect, Any, Reply]:
         """The origin's reply to the request with these fields added; counted, and its limits noted."""
         asked, began = endpoint(request.method, request.url), time.perf_counter()
+        try:
+            reply: Reply = yield Send(added)
+        except Exception as exc:
+            if type(exc).__name__ not in _NEVER_SENT:
+                self.stats.add("origin_calls", endpoint=asked)
+            raise
         self.stats.add("origin_calls", endpoint=asked)
-        reply: Reply = yield Send(added)
         self.stats.add("origin_ms", int((time.perf_counter() - began) * 1000), endpoint=asked)
         if reply.status == 304:
             self.stats.add("not_modified", endpoint=asked)
@@ -230,7 +265,9 @@ class Exchange:
         if stored.made_by(asker):
             return True
         control = stored.control  # RFC 9111 §3.5; what is for shared caches only, we do not weigh
-        if "public" not in control or "s-maxage" in control or "proxy-revalidate" in control:
+        if "public" not in control or not control.keys().isdisjoint(("private", "proxy-revalidate", "s-maxage")):
+            return False
+        if "set-cookie" in stored.entry.headers:
             return False
         return asker.identity == ANONYMOUS or not self.github.follows(stored.entry.url)
 

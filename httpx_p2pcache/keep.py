@@ -40,9 +40,12 @@ class Keep:
         """The body has been read to its end: saved here, then published. May touch the disk."""
         if self._left < 0:
             return
-        exchange = self._lookup.exchange
+        exchange, body = self._lookup.exchange, b"".join(self._chunks)
         try:
-            entry = self._lookup.entry(self._reply, b"".join(self._chunks), self._sent)
+            if self._is_cut_short(len(body)):
+                self._lease.settle(Verdict.FAILED)
+                return
+            entry = self._lookup.entry(self._reply, body, self._sent)
             if entry.status == 206:
                 part = parts.combined(entry, [stored.entry for stored in self._lookup.parts])
                 part = part and self._lookup.asker.vouch(part)
@@ -65,6 +68,13 @@ class Keep:
         except Exception:  # the caller has its response: a store that fails must not take it away
             logger.debug("an entry could not be kept", exc_info=True)
             self._lease.settle(Verdict.UNSTORABLE)
+
+    def _is_cut_short(self, size: int) -> bool:
+        """Whether the body is not as long as the origin has said, which a transport may not have noticed (§3.3)."""
+        lengths = self._reply.headers.get_list("content-length") or []
+        return self._lookup.request.method == "GET" and any(
+            line.isdecimal() and int(line[:20]) != size for line in lengths
+        )
 
     def abandon(self) -> None:
         """The body will not be read to its end. After ``finish`` this does nothing."""

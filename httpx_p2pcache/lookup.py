@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 import uuid
@@ -50,11 +51,12 @@ logger = logging.getLogger("httpx_p2pcache")
 
 CACHEABLE = ("GET", "HEAD")
 # A cache has no part in these; and a GET with content is answered for its content, which no key knows.
-FOR_THE_ORIGIN = frozenset({"if-match", "if-unmodified-since", "transfer-encoding", "upgrade"})
+# ``host`` is there only if it is not the URL's: which of a server's sites it names, no key knows either.
+FOR_THE_ORIGIN = frozenset({"host", "if-match", "if-unmodified-since", "transfer-encoding", "upgrade"})
 CONDITIONS = frozenset({"if-modified-since", "if-none-match"})
 SPECIAL = FOR_THE_ORIGIN | CONDITIONS | {"cache-control", "content-length", "if-range", "pragma", "range"}
 # Fields of a request that say nothing about which representation is meant, and are not sent to peers.
-_UNSELECTIVE = frozenset({"connection", "host", "content-length", "transfer-encoding", "te"})
+_UNSELECTIVE = frozenset({"connection", "content-length", "transfer-encoding", "te"})
 _GITHUB_STALE_SECONDS = 86_400.0
 _OPTIONS = CacheOptions(shared=False, supported_methods=list(CACHEABLE))
 
@@ -103,7 +105,7 @@ class Lookup:
             state = yield from self._look()
             if isinstance(state, Stored):
                 return self._serve(state, source)
-            answer = self._while_revalidate(state)
+            answer = self._while_revalidate(state, claim)
             if answer is not None:
                 return answer
             answer = self._from_part()
@@ -171,9 +173,12 @@ class Lookup:
         self.parts = [s for s in found if exchange.may_use(s, self.asker) and s.matches(PART, value_of)]
         ttl = exchange.settings.default_ttl
         method, wishes = self.request.method, self.wishes
-        shown = [machine_entry(stored.entry, method, stored.id, wishes, now, ttl) for stored in self.held]
+        # Only the latest counts (§4): what is older is no answer, and its validators prove nothing of it.
+        self.held.sort(key=lambda stored: stored.made, reverse=True)
+        latest = self.held[:1]
+        shown = [machine_entry(stored.entry, method, stored.id, wishes, now, ttl) for stored in latest]
         if exchange.github.follows(self.request.url):
-            shown = [view for stored, view in zip(self.held, shown, strict=True) if not self._incomplete(stored, view)]
+            shown = [view for stored, view in zip(latest, shown, strict=True) if not self._incomplete(stored, view)]
         if self.shared:
             shown += yield Run(partial(self._others, found, now))
         state = hishel.IdleClient(options=_OPTIONS).next(self.shown, shown)
@@ -224,6 +229,7 @@ class Lookup:
         """A range that is not held. The whole fleet seldom wants the same one, so nobody waits for it."""
         sent = time.time()
         answer = yield from self.exchange.pass_by(self.request, "miss")
+        yield from self.exchange.heed_refusal(self.request, answer.reply, sent)
         if answer.reply is not None and self._storable(answer.reply):
             answer.keep = Keep(self, answer.reply, sent, lease)
             answer.cache_status += "; stored"
@@ -238,7 +244,7 @@ class Lookup:
             and not _too_large(reply, self.exchange.settings.max_body_size)
         )
 
-    def _while_revalidate(self, state: hishel.AnyState) -> Answer | None:
+    def _while_revalidate(self, state: hishel.AnyState, claim: bytes) -> Answer | None:
         """What may be served stale while it is revalidated in the background (RFC 5861 §3)."""
         if not self.background or not self.plain:
             return None
@@ -250,8 +256,15 @@ class Lookup:
             return None
         answer = self.exchange.from_store(stored, now, source="local")
         answer.cache_status += "; detail=stale-while-revalidate"
-        answer.afterwards = Lookup(self.exchange, self.request, self.wishes).way(object())
+        if self.exchange.begins_revalidation(claim):
+            answer.afterwards = self._revalidate(claim)
         return answer
+
+    def _revalidate(self, claim: bytes) -> Way:
+        try:
+            return (yield from Lookup(self.exchange, self.request, self.wishes).way(object()))
+        finally:
+            self.exchange.revalidating.pop(claim, None)
 
     def _stored(self, shown: hishel.Entry) -> Stored:
         return next(stored for stored in self.held if stored.id == shown.id)
@@ -347,6 +360,10 @@ class Lookup:
                 begun = None  # not what was asked for: once more, for the whole
                 continue
             if reply.status == 304:
+                if self._is_ambiguous(added, reply):  # once more, with the caller's own tags alone
+                    yield Discard()
+                    state, why = hishel.CacheMiss(_OPTIONS, self.shown), "miss"
+                    continue
                 if isinstance(state, hishel.CacheMiss) or (self.conditional and not self._proves_ours(state, reply)):
                     # It is about the caller's copy, or about none at all: those who wait need one.
                     lease.settle(Verdict.ABANDONED)
@@ -363,6 +380,8 @@ class Lookup:
             if respelt and opaque(reply.headers.get("etag") or "") == opaque(respelt):
                 known = {"etag": [str(self._stored(state.revalidating_entries[0]).entry.first("etag"))]}
                 seen = hishel.Response(reply.status, Headers({**_lists(reply.headers), **known}))
+            if reply.status == 304:  # about the one whose validators were sent, and none that looks like it
+                state = dataclasses.replace(state, revalidating_entries=state.revalidating_entries[:1])
             state = state.next(machine_response(seen))
             if isinstance(state, hishel.InvalidateEntries):
                 ours = [stored for stored in self.held if stored.id in state.entry_ids]
@@ -376,14 +395,15 @@ class Lookup:
             return (yield from self._freshen(state, reply, sent, lease))
         if self.request.method == "HEAD" and reply.status == 200:
             yield Run(partial(self._compare_with_head, reply, sent))
-        if reply.status in (401, 403, 404, 410) and not refuses(reply.status, reply.headers):
-            # This identity may not see it, or it is gone: nothing older is served stale afterwards.
-            yield Run(partial(exchange.store.refuse, self.key, self.asker.identity, since=sent))
+        yield from exchange.heed_refusal(self.request, reply, sent)
         keep = None
         # A 202 says "not yet", at GitHub with a lifetime; whoever asks again wants to know whether it is there now.
         if storable and reply.status != 202 and not _too_large(reply, exchange.settings.max_body_size):
             keep = Keep(self, reply, sent, lease)
         else:
+            if self.request.method == "GET" and reply.status < 500 and not refuses(reply.status, reply.headers):
+                # §4.3.3: a full answer says that what we hold is none any more.
+                yield Run(partial(exchange.store.remove, self.key, self.held))
             lease.settle(Verdict.FAILED if reply.status >= 500 else Verdict.UNSTORABLE)
         status = (
             f"fwd={why}" + (f"; fwd-status={reply.status}" if why == "stale" else "") + ("; stored" if keep else "")
@@ -431,6 +451,11 @@ class Lookup:
         etag = self.exchange.github.validator(self.request.headers, stored.entry, stored.memo)
         return None if etag is None or opaque(etag) == opaque(stored.entry.first("etag") or "") else etag
 
+    def _is_ambiguous(self, added: dict[str, str], reply: Reply) -> bool:
+        """Whether a 304 does not say which of the caller's tags and ours it is about, as it should (§4.3.4)."""
+        theirs, sent = self.request.headers.get("if-none-match"), added.get("if-none-match")
+        return theirs is not None and sent is not None and sent != theirs and "etag" not in reply.headers
+
     def _proves_ours(self, state: hishel.AnyState, reply: Reply) -> bool:
         """Whether a 304 is about what we hold, and not about the copy that the caller holds."""
         if not isinstance(state, hishel.NeedRevalidation):
@@ -459,7 +484,8 @@ class Lookup:
                 name not in reply.headers or reply.headers[name] == stored.entry.first(name)
                 for name in ("etag", "last-modified", "content-length")
             ):
-                if "no-store" in directives(reply.headers):  # §5.2.2.5
+                validated = "etag" in reply.headers or "last-modified" in reply.headers
+                if not validated or "no-store" in directives(reply.headers):  # §5.2.2.5
                     continue
                 store.refresh(stored, self._renewed(stored.entry, stored.entry.headers, reply, sent), since=sent)
             else:

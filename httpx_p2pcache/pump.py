@@ -9,17 +9,20 @@ import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout  # the builtin one only from 3.11 on
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
+from anyio.lowlevel import RunVar
 
 from httpx_p2pcache.answers import Answer, Effect, Read, Reply, Run, Send, Wait, Way, driven
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
+THREADS = 8  # of each event loop that are at work on the store at a time: one has it, the others wait
+Result = TypeVar("Result")
 Fields = dict[str, str]  # to be added to the caller's request, in the place of its own of those names
 
 
@@ -80,7 +83,7 @@ async def async_drive(
         nonlocal reply
         if isinstance(effect, Run):
             with anyio.CancelScope(shield=True):  # what is begun in the store is finished
-                return await anyio.to_thread.run_sync(effect.func)
+                return await in_thread(effect.func)
         if isinstance(effect, Wait):
             return await async_wait_for(effect.future, effect.seconds, effect.keep)
         if isinstance(effect, Send):
@@ -100,6 +103,19 @@ async def async_drive(
         if reply is not None:
             await discard(reply)
         raise
+
+
+_limiter: RunVar[anyio.CapacityLimiter] = RunVar("httpx_p2pcache")
+
+
+async def in_thread(func: Callable[..., Result], *arguments: Any) -> Result:
+    """``func`` in a worker thread; never one of those that the program's own work may be waiting for."""
+    try:
+        limiter = _limiter.get()
+    except LookupError:
+        limiter = anyio.CapacityLimiter(THREADS)
+        _limiter.set(limiter)
+    return await anyio.to_thread.run_sync(func, *arguments, limiter=limiter)
 
 
 def asyncio_loop() -> AbstractEventLoop | None:

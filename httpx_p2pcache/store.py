@@ -204,6 +204,12 @@ class Store:
         """``entry`` as if it were stored in the place of ``stored``: for one answer."""
         return self._prepared(entry, stored.id)
 
+    def written(self, key: bytes, since: float) -> bool:
+        """Whether a key was written to after ``since``, as any process of the runner knows."""
+        with self._lock:
+            self.load(key)
+            return self._is_void(key, EVERYBODY, since)
+
     def refuse(self, key: bytes, identity: str, *, since: float) -> None:
         """The origin refuses an identity: what it was given before ``since`` is removed, and not taken from peers."""
         with self._lock:
@@ -318,9 +324,7 @@ class Store:
             try:
                 if self._connected.execute("PRAGMA database_list").fetchone()[2] == "":
                     raise OSError("its file cannot be used")
-                self._connected.executescript(
-                    "BEGIN IMMEDIATE; DELETE FROM streams; DELETE FROM entries; COMMIT; VACUUM;"
-                )
+                self._connected.clear()
             except sqlite3.Error as exc:
                 raise OSError(str(exc)) from exc
             self._memory.clear()

@@ -8,13 +8,25 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from httpx_p2pcache.entries import Asker, Entry, is_credential
-from httpx_p2pcache.freshness import directives, lifetime, vary_names
+from httpx_p2pcache.freshness import directives, http_date, lifetime, vary_names
 
 
 class Stored:
     """An entry at rest, with what a hit needs prepared: nothing is parsed again while it stays in memory."""
 
-    __slots__ = ("codings", "control", "entry", "fresh_for", "id", "memo", "raw_headers", "reusable", "row", "vary")
+    __slots__ = (
+        "codings",
+        "control",
+        "entry",
+        "fresh_for",
+        "id",
+        "made",
+        "memo",
+        "raw_headers",
+        "reusable",
+        "row",
+        "vary",
+    )
 
     def __init__(
         self, id_: uuid.UUID, entry: Entry, default_ttl: float, any_coding: bool, row: uuid.UUID | None = None
@@ -24,6 +36,9 @@ class Stored:
         self.entry = entry
         self.memo: dict[object, object] = {}  # what was computed of it once and is needed again
         self.control = directives(entry.headers)
+        # When the origin made it (RFC 9111 §4: the most recent one counts), then when it came.
+        date = http_date(entry.first("date"))
+        self.made = (entry.received - entry.initial_age if date is None else date), entry.received
         fresh_for = lifetime(entry, default_ttl)
         # Whole seconds, as hishel's machine counts them.
         self.fresh_for = math.floor(fresh_for) if fresh_for is not None else 0

@@ -128,6 +128,8 @@ def _asked(request: requests.PreparedRequest) -> hishel.Request:
     fields: dict[str, list[str]] = {}
     for name, value in request.headers.items():
         fields[_text(name).lower()] = [_text(value)]
+    if fields.get("host") == [urlsplit(request.url or "").netloc.rpartition("@")[2]]:  # it says no more than the URL
+        del fields["host"]
     if request.body is not None and "content-length" not in fields:
         fields["transfer-encoding"] = ["chunked"]  # as requests will send it
     parts = urlsplit((request.url or "").partition("#")[0])
