@@ -14,10 +14,14 @@ SECRET_BYTES = 32
 
 
 def private_directory(directory: Path) -> None:
-    """Make ``directory`` if there is none, and one of ours its owner's alone. Raises OSError."""
+    """Make ``directory``, or make an empty one of ours that was made for us its owner's alone. Raises OSError.
+
+    One that holds something already may be meant for others as well, and is left as it is: our files in it are private.
+    """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = directory.stat()
-    if status.st_uid == os.getuid() and status.st_mode & 0o077:
+    plain = status.st_mode & (stat.S_ISVTX | stat.S_IWUSR) == stat.S_IWUSR  # neither shared by all nor read-only
+    if status.st_uid == os.getuid() and status.st_mode & 0o077 and plain and not any(directory.iterdir()):
         directory.chmod(0o700)
 
 

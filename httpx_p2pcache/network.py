@@ -140,7 +140,9 @@ class PeerNetwork(Protocol):
         ...
 
     def status(self) -> dict[str, object]:
-        """``p2p_enabled``, ``peer_id``, ``addresses``, ``connected_peers``, ``peers`` and ``runners``, as plain values.
+        """Plain values: ``p2p_enabled``, ``peer_id``, ``addresses``, ``connected_peers``, ``peers`` and ``runners``.
+
+        ``off_because``: why nothing is shared and what to do about it; "" where it is, or where nobody knows.
 
         ``unreached``: how many members of our members we cannot reach.
         ``runners``: what each runner of the fleet has counted since its node started, by the runner's name.
@@ -169,6 +171,10 @@ class NoPeers:
     active = False
     by_file = True
 
+    def __init__(self, why: str = "") -> None:
+        """``why`` there are none, and what to do about it."""
+        self._why = why
+
     def joined(self) -> Future[None]:
         return done()
 
@@ -189,6 +195,7 @@ class NoPeers:
     def status(self) -> dict[str, object]:
         return {
             "p2p_enabled": False,
+            "off_because": self._why,
             "peer_id": None,
             "addresses": [],
             "connected_peers": 0,

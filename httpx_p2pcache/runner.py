@@ -9,6 +9,7 @@ import atexit
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 
 from httpx_p2pcache.entries import Keyring
@@ -60,12 +61,16 @@ class Usage:
 
         worker = threading.Thread(target=run, name="p2pcache-revalidate", daemon=True)
         self._background.add(worker)
-        worker.start()
+        try:
+            worker.start()
+        except RuntimeError:  # there are no more threads to be had
+            self._background.discard(worker)
 
     def close(self) -> None:
         """Give it back; idempotent. Returns within two seconds."""
+        until = time.monotonic() + CLOSE_SECONDS
         for worker in list(self._background):
-            worker.join(CLOSE_SECONDS)
+            worker.join(max(0.0, until - time.monotonic()))
         with self._lock:
             released, self._released = self._released, True
         release(self.exchange, again=released)
@@ -100,9 +105,16 @@ def release(exchange: Exchange, *, again: bool = False) -> None:
 
 def say_once(message: str, *values: object) -> None:
     """A warning that a process gives once, however many transports it has."""
-    if message not in _said:
-        _said.add(message)
-        logger.warning(message, *values)
+    said = message % values
+    if said not in _said:
+        _said.add(said)
+        logger.warning("%s", said)
+
+
+def nobody(why: str) -> NoPeers:
+    """The network of a runner that does not share, which is said once."""
+    say_once("sharing with other runners is off: %s", why)
+    return NoPeers(why)
 
 
 def get_stats() -> dict[str, object]:
@@ -152,18 +164,15 @@ def _start(settings: Settings) -> Exchange:
 
 def _network(settings: Settings, store: Store, keyring: Keyring, stats: Stats, quotas: QuotaBoard) -> PeerNetwork:
     if not settings.enable_p2p or settings.node == "none":
-        say_once("sharing with other runners is off: set CACHE_ENABLE_P2P=true (and not CACHE_NODE=none) to share")
-        return NoPeers()
+        return nobody("set CACHE_ENABLE_P2P=true (and not CACHE_NODE=none) to share")
     if not settings.shared_secret:
-        say_once("sharing with other runners is off, as there is no secret: set CACHE_SHARED_SECRET (or GITHUB_TOKEN)")
-        return NoPeers()
+        return nobody("there is no secret; set CACHE_SHARED_SECRET (or GITHUB_TOKEN)")
     for name in SECRETS:
         if getattr(settings, name) and can_be_guessed(getattr(settings, name)):
-            say_once("sharing with other runners is off: %s can be guessed. %s", variable(name), ADVICE)
-            return NoPeers()
+            return nobody(f"{variable(name)} can be guessed. {ADVICE}")
     from httpx_p2pcache.node import start  # neither libp2p nor trio is imported by this
 
-    return start(settings, store, keyring, stats, quotas, say_once)
+    return start(settings, store, keyring, stats, quotas, say_once, nobody)
 
 
 def _finish(exchange: Exchange, *, at_exit: bool = False) -> None:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -29,7 +30,11 @@ Flag = Annotated[bool, Meta(description="true or false")]
 Seconds = Annotated[float, Meta(ge=0, le=31_536_000, description="a number of seconds from 0 to 31536000")]
 Bytes = Annotated[int, Meta(ge=0, le=2**50, description="a number of bytes, as 8388608 or 8MiB")]
 Port = Annotated[int, Meta(ge=0, le=65535, description="a port number from 0 to 65535")]
-Words = Annotated[tuple[str, ...], Meta(description="a comma-separated list")]
+Hosts = Annotated[
+    tuple[str, ...],
+    Meta(description="hosts, separated by commas, as api.github.com or https://ghe.example:8443"),
+]
+Multiaddrs = Annotated[tuple[str, ...], Meta(description="multiaddrs, separated by commas, as /ip4/192.0.2.1/tcp/9100")]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,8 +56,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     listen_host: Annotated[
         str, Meta(description="an IP address", title="address the node listens on, and announces")
     ] = "0.0.0.0"  # noqa: S104 - runners on other machines must reach it; admission needs the secret
-    announce_addrs: Annotated[Words, Meta(title="multiaddrs announced instead of the ones listened on")] = ()
-    bootstrap_peers: Annotated[Words, Meta(title="multiaddrs of nodes to begin with")] = ()
+    announce_addrs: Annotated[Multiaddrs, Meta(title="multiaddrs announced instead of the ones listened on")] = ()
+    bootstrap_peers: Annotated[Multiaddrs, Meta(title="multiaddrs of nodes to begin with")] = ()
     public_bootstrap: Annotated[Flag, Meta(title="fall back to the public libp2p bootstrap nodes")] = True
     artifacts: Annotated[
         Literal["run", "repository", "none"],
@@ -83,7 +88,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     )
     max_size: Annotated[Bytes, Meta(title="size of the store on disk; 0: no limit")] = GIB
     max_body_size: Annotated[Bytes, Meta(title="larger bodies stream through unstored")] = 8 * MIB
-    github_hosts: Annotated[Words, Meta(title="hosts, with or without scheme and port, that follow GitHub's rules")] = (
+    github_hosts: Annotated[Hosts, Meta(title="hosts, with or without scheme and port, that follow GitHub's rules")] = (
         "api.github.com",
     )
     computed_validators: Annotated[Flag, Meta(title="share across tokens where GitHub's ETag can be computed")] = True
@@ -107,8 +112,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             if not all(_is_text(text) for text in texts if isinstance(text, str)):
                 raise SettingsError(_complaint(name, value))
             msgspec.structs.force_setattr(self, name, checked)
-        if not all(scheme in ("http", "https") and netloc for netloc, scheme in self.origins().items()):
-            raise SettingsError(_complaint("github_hosts", ",".join(self.github_hosts)))
+        for name, well_formed in (("github_hosts", _is_host), ("announce_addrs", _MULTIADDR.fullmatch)):
+            for text in getattr(self, name):
+                if not well_formed(text):
+                    raise SettingsError(_complaint(name, text))
         try:
             ipaddress.ip_address(self.listen_host)
         except ValueError:
@@ -128,6 +135,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         values: dict[str, Any] = {}
         for name, spec in _SPECS.items():
             raw = environ.get(variable(name), "").strip()
+            if isinstance(overrides.get(name), str):  # as one would write it there
+                raw = overrides.pop(name)
             if raw and name not in overrides:
                 try:
                     values[name] = msgspec.convert(spec.read(raw), spec.hint, strict=False, dec_hook=_as_path)
@@ -150,8 +159,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """
         found = {}
         for text in self.github_hosts:
-            scheme, separator, netloc = text.lower().rpartition("://")
-            found[netloc.rstrip("/")] = scheme if separator else "http" if _is_this_machine(netloc) else "https"
+            scheme, _, netloc = text.lower().removesuffix("/").rpartition("://")
+            scheme = scheme or ("http" if _is_this_machine(netloc) else "https")
+            found[netloc.removesuffix(_DEFAULT_PORTS[scheme])] = scheme
         return found
 
     def __repr__(self) -> str:
@@ -165,6 +175,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 SECRETS = ("shared_secret", "previous_secret")
+_MULTIADDR = re.compile(r"(?:/[^/]+){2,}")
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 ADVICE = "Take 32 random characters, as from `openssl rand -hex 16`."
 
 
@@ -220,7 +232,7 @@ def _spec(field: msgspec.structs.FieldInfo, hint: Any) -> _Spec:
     metas = _metas(hint)
     text = {key: next((getattr(m, key) for m in metas if getattr(m, key)), "") for key in ("title", "description")}
     read: Callable[[str], Any] = str
-    if text["description"] == "a comma-separated list":
+    if isinstance(field.default, tuple):
         read = _read_list
     elif text["description"].startswith("a number of bytes"):
         read = _read_bytes
@@ -249,6 +261,18 @@ def _written(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_host(text: str) -> bool:
+    """Whether ``text`` is a host, with or without scheme and port (RFC 3986 §3.2), and nothing beside."""
+    scheme, _, netloc = text.lower().removesuffix("/").rpartition("://")
+    try:
+        parts = urlsplit(f"//{netloc}")
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return False
+    alone = parts.netloc == netloc and "@" not in netloc
+    return alone and port != 0 and scheme in ("", "http", "https") and re.fullmatch(r"[\w.:-]+", host) is not None
 
 
 def _is_this_machine(netloc: str) -> bool:

@@ -10,24 +10,31 @@ under a URL made of that key, which only says until when it is fresh. What is in
 Shared is what a shared cache may store (RFC 9111 §3), chosen by fields that tell nothing of the user: 200s to a GET
 without ``private``, ``no-store``, ``no-cache`` or ``Set-Cookie``, and if the request had credentials only what is
 ``public`` or names ``s-maxage`` or ``must-revalidate``.
+
+hishel stores a request as it was sent. Credentials in it are sealed on their way to the storage, and opened on their
+way back, so that they are in no file; bodies are stored as they are.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import dataclasses
 import hashlib
+import sqlite3
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import InvalidStateError
+from pathlib import Path
 from typing import Any
 
-import anyio.to_thread
 import hishel
 import msgspec
 from hishel import AsyncBaseStorage, AsyncSqliteStorage, BaseStorage, Headers, SqliteStorage
 
 from httpx_p2pcache.claims import Verdict
+from httpx_p2pcache.database import connect
 from httpx_p2pcache.entries import (
     ANONYMOUS,
     CLEAR_FIELDS,
@@ -37,16 +44,31 @@ from httpx_p2pcache.entries import (
     carries_credentials,
     is_credential,
 )
-from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.exceptions import ConfigurationError, Rejected
+from httpx_p2pcache.files import private_directory, private_file
 from httpx_p2pcache.freshness import directives, initial_age, lifetime, storable_fields, vary_names
 from httpx_p2pcache.network import Asked, FleetClaim, Found, Question, Unclaimed
 from httpx_p2pcache.node.checks import believed
-from httpx_p2pcache.pump import NOT_IN_TIME, async_wait_for, wait_for
+from httpx_p2pcache.pump import NOT_IN_TIME, async_wait_for, in_thread, wait_for
 from httpx_p2pcache.runner import Usage
 from httpx_p2pcache.settings import Settings
 
 FILE = "hishel-v2.db"
+_ABOUT = b"credentials"
 _DECODER = msgspec.msgpack.Decoder(Entry)
+
+
+def clear(directory: Path) -> int:
+    """Remove every entry of the default storage in ``directory``; returns how many there were. Raises OSError."""
+    if not (directory / FILE).exists():
+        return 0
+    try:
+        with contextlib.closing(connect(directory / FILE)) as connection:
+            ((count,),) = connection.execute("SELECT count(*) FROM entries").fetchall()
+            connection.clear()
+    except sqlite3.Error as exc:
+        raise OSError(str(exc)) from exc
+    return int(count)
 
 
 class P2PStorage(BaseStorage):
@@ -58,7 +80,7 @@ class P2PStorage(BaseStorage):
 
     def __init__(self, storage: BaseStorage | None = None, *, settings: Settings | None = None) -> None:
         super().__init__()
-        self._sharing = _Sharing(settings)
+        self._sharing = _Sharing(settings, sealed=storage is not None)
         self.storage = SqliteStorage(database_path=self._sharing.path()) if storage is None else storage
 
     def create_entry(
@@ -70,7 +92,8 @@ class P2PStorage(BaseStorage):
         ttl: float | None = None,
         tti: float | None = None,
     ) -> hishel.Entry:
-        created = self.storage.create_entry(request, response, key, ttl=ttl, tti=tti)
+        created = self.storage.create_entry(self._sharing.hidden(request), response, key, ttl=ttl, tti=tti)
+        created.request = request
         parcel = self._sharing.parcel(request, response, key)
         stream: Any = created.response.stream
         if parcel is not None and stream is not None:
@@ -78,7 +101,7 @@ class P2PStorage(BaseStorage):
         return created
 
     def get_entries(self, key: str) -> list[hishel.Entry]:
-        found = self.storage.get_entries(key)
+        found = [self._sharing.shown(entry) for entry in self.storage.get_entries(key)]
         if found or not self._sharing.active:
             return found
         answer = wait_for(self._sharing.ask(key), self._sharing.patience)
@@ -89,7 +112,7 @@ class P2PStorage(BaseStorage):
         stream: Any = created.response.stream
         for _ in stream:  # reading it to its end is what saves it
             pass
-        return self.storage.get_entries(key)
+        return [self._sharing.shown(entry) for entry in self.storage.get_entries(key)]
 
     def update_headers(self, id: uuid.UUID, headers: Headers) -> None:  # noqa: A002 - hishel's name
         self.storage.update_headers(id, headers)
@@ -107,7 +130,7 @@ class AsyncP2PStorage(AsyncBaseStorage):
 
     def __init__(self, storage: AsyncBaseStorage | None = None, *, settings: Settings | None = None) -> None:
         super().__init__()
-        self._sharing = _Sharing(settings)
+        self._sharing = _Sharing(settings, sealed=storage is not None)
         self.storage = AsyncSqliteStorage(database_path=self._sharing.path()) if storage is None else storage
 
     async def create_entry(
@@ -119,7 +142,8 @@ class AsyncP2PStorage(AsyncBaseStorage):
         ttl: float | None = None,
         tti: float | None = None,
     ) -> hishel.Entry:
-        created = await self.storage.create_entry(request, response, key, ttl=ttl, tti=tti)
+        created = await self.storage.create_entry(self._sharing.hidden(request), response, key, ttl=ttl, tti=tti)
+        created.request = request
         parcel = self._sharing.parcel(request, response, key)
         stream: Any = created.response.stream
         if parcel is not None and stream is not None:
@@ -127,18 +151,18 @@ class AsyncP2PStorage(AsyncBaseStorage):
         return created
 
     async def get_entries(self, key: str) -> list[hishel.Entry]:
-        found = await self.storage.get_entries(key)
+        found = [self._sharing.shown(entry) for entry in await self.storage.get_entries(key)]
         if found or not self._sharing.active:
             return found
         answer = await async_wait_for(self._sharing.ask(key), self._sharing.patience)
-        entry = await anyio.to_thread.run_sync(self._sharing.received, key, answer)
+        entry = await in_thread(self._sharing.received, key, answer)
         if entry is None:
             return found
         created = await self.storage.create_entry(*_as_hishel(entry, _async_iter([entry.body])), key)
         stream: Any = created.response.stream
         async for _ in stream:  # reading it to its end is what saves it
             pass
-        return await self.storage.get_entries(key)
+        return [self._sharing.shown(entry) for entry in await self.storage.get_entries(key)]
 
     async def update_headers(self, id: uuid.UUID, headers: Headers) -> None:  # noqa: A002 - hishel's name
         await self.storage.update_headers(id, headers)
@@ -148,22 +172,53 @@ class AsyncP2PStorage(AsyncBaseStorage):
 
     async def close(self) -> None:
         await self.storage.close()
-        await anyio.to_thread.run_sync(self._sharing.close)
+        await in_thread(self._sharing.close)
 
 
 class _Sharing:
     """What both storages have in common: carriers, made, asked for and opened."""
 
-    def __init__(self, settings: Settings | None) -> None:
+    def __init__(self, settings: Settings | None, *, sealed: bool) -> None:
+        """``sealed``: whoever gave the storage sees to it that what is at rest is sealed, if it has to be."""
         self._settings = Settings.from_env() if settings is None else settings
+        if self._settings.encrypt_at_rest and not sealed:
+            raise ConfigurationError(
+                "CACHE_ENCRYPT_AT_REST is not kept by hishel's own storage: give P2PStorage a storage that seals, "
+                "or use P2PCacheTransport"
+            )
         self._usage = Usage(self._settings)
         self._exchange = self._usage.exchange
         self.patience = self._settings.lookup_timeout
         self.close = self._usage.close
 
     def path(self) -> Any:
-        self._settings.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return self._settings.dir / FILE
+        private_directory(self._settings.dir)
+        return private_file(self._settings.dir / FILE)
+
+    def hidden(self, request: hishel.Request) -> hishel.Request:
+        """The request as it is stored: with its credentials sealed."""
+        return self._with_credentials(request, self._seal)
+
+    def shown(self, entry: hishel.Entry) -> hishel.Entry:
+        """A stored entry with its request as it was sent."""
+        entry.request = self._with_credentials(entry.request, self._opened)
+        return entry
+
+    @staticmethod
+    def _with_credentials(request: hishel.Request, written: Callable[[str], str]) -> hishel.Request:
+        fields = {name: request.headers.get_list(name) or [] for name in request.headers}
+        for name in filter(is_credential, fields):
+            fields[name] = [written(line) for line in fields[name]]
+        return dataclasses.replace(request, headers=Headers(fields))
+
+    def _seal(self, line: str) -> str:
+        return base64.b64encode(self._exchange.keyring.seal(line.encode(), _ABOUT)).decode()
+
+    def _opened(self, line: str) -> str:
+        try:
+            return self._exchange.keyring.open(base64.b64decode(line, validate=True), _ABOUT).decode()
+        except (ValueError, Rejected):  # under another secret: then it is nobody's
+            return line
 
     @property
     def active(self) -> bool:
@@ -280,7 +335,7 @@ async def _async_handed_over(stream: AsyncIterator[bytes], parcel: _Parcel) -> A
     async for chunk in stream:
         parcel.feed(chunk)
         yield chunk
-    await anyio.to_thread.run_sync(parcel.finish)
+    await in_thread(parcel.finish)
 
 
 async def _async_iter(chunks: list[bytes]) -> AsyncIterator[bytes]:

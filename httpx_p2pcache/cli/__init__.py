@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 
 def main() -> None:
     """What the console script calls."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path or a name may have letters that it cannot write
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         from httpx_p2pcache.cli.app import app
     except ImportError as exc:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from enum import Enum
 from pathlib import Path
@@ -21,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if sys.stdout.isatty() and sys.stderr.isatty() else None,  # a pipe gets plain text
 )
 
 
@@ -145,6 +147,8 @@ def replay(
 def _demonstrated(plan: Plan, command: str) -> Outcome:
     from httpx_p2pcache.cli.demo import demonstrate
 
+    if importlib.util.find_spec("libp2p") is None:
+        fail(f"{command}: libp2p is not installed: pip install 'httpx-p2pcache[p2p]'", 2)
     try:
         with _Bars(plan.runners, len(plan.targets)) as bars:
             return demonstrate(plan, bars.advance)

@@ -12,7 +12,7 @@ import base58
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.node.discovery import Sighting
 from httpx_p2pcache.node.discovery.registry import Registry
-from httpx_p2pcache.settings import Settings
+from httpx_p2pcache.settings import ADVICE, Settings, can_be_guessed
 
 
 def discovered(settings: Settings, status: dict[str, Any] | None) -> list[dict[str, str]]:
@@ -46,8 +46,12 @@ def register(settings: Settings, peer_id: str, port: int, ip: str) -> str:
         raise ValueError("there is no secret: set CACHE_SHARED_SECRET (or GITHUB_TOKEN)")
     if not _is_peer_id(peer_id):
         raise ValueError(f"{peer_id!r} is not a peer ID, as 12D3KooW… or Qm…")
-    kind = ipaddress.ip_address(ip).version
-    address = f"/ip{kind}/{ip}/tcp/{port}"
+    if can_be_guessed(settings.shared_secret):
+        raise ValueError(f"CACHE_SHARED_SECRET can be guessed. {ADVICE}")
+    found = ipaddress.ip_address(ip)
+    if found.is_unspecified or "%" in ip:
+        raise ValueError(f"{ip!r} is not an address at which others reach a node")
+    address = f"/ip{found.version}/{ip}/tcp/{port}"
     keyring = Keyring.of(settings, settings.shared_secret.encode())
     registry = Registry(settings.peer_registry or settings.dir / "peers", keyring, settings.peer_ttl)
     registry.announce(base58.b58decode(peer_id), [address])

@@ -24,6 +24,7 @@ app = typer.Typer()
 
 MAX_PAGES = 1000
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
+_OF_THE_CODING = ("content-encoding", "content-length", "transfer-encoding")  # the body is printed without it
 _VALUE = re.compile(r"[\t\x20-\x7e]*")
 
 
@@ -63,7 +64,8 @@ def get(
     fields = _fields(url, header or [], settings, fresh)
     if not node_socket(settings.dir).exists():  # a node of our own would start for longer than the call takes
         settings = msgspec.structs.replace(settings, enable_p2p=False)
-        logging.getLogger("httpx_p2pcache").setLevel(logging.ERROR)  # that it is off is our own doing
+        # That it is off is our own doing.
+        logging.getLogger("httpx_p2pcache").addFilter(lambda record: "sharing" not in record.getMessage())
     transport = P2PCacheTransport(settings=settings)
     try:
         with httpx.Client(transport=transport, headers=fields, timeout=timeout, follow_redirects=True) as client:
@@ -106,7 +108,8 @@ def _print(client: httpx.Client, url: str, include: bool, paginate: bool) -> boo
         if include:
             print(f"{response.http_version} {response.status_code} {response.reason_phrase}")
             for name, value in response.headers.multi_items():
-                print(f"{name}: {value}")
+                if name.lower() not in _OF_THE_CODING:
+                    print(f"{name}: {value}")
             print(flush=True)
         bodies.append(response.content)
         following = response.links.get("next", {}).get("url")

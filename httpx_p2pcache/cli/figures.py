@@ -41,7 +41,7 @@ def stats(
 
     def look() -> dict[str, Any]:
         if not fleet:
-            return report(ledger, 0.0 if since is None else time.time() - since * 60)
+            return report(ledger, 0.0 if since is None else _began(since))
         status = life.Remote(settings.dir).get("/status")
         if status is None:
             fail(f"no daemon runs in {settings.dir}, and only it knows the fleet: p2pcache init starts one")
@@ -58,7 +58,13 @@ def stats(
 
 
 @app.command()
-def summary(since: Since = None, as_json: Json = False) -> None:
+def summary(
+    since: Annotated[
+        Optional[float],  # noqa: UP045 - Typer reads it on Python 3.10 as well
+        typer.Option(min=0, metavar="MINUTES", help="Only the last so many minutes; default: since the daemon began."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Print a job's summary as Markdown: p2pcache summary >> "$GITHUB_STEP_SUMMARY".
 
     Of what was counted since the daemon started; without one, of all. Exit status 0.
@@ -66,7 +72,7 @@ def summary(since: Since = None, as_json: Json = False) -> None:
     settings = settings_or_exit()
     status = life.Remote(settings.dir).get("/status")
     began = status["since"] if status else 0.0
-    found = report(Ledger(settings.dir), began if since is None else time.time() - since * 60)
+    found = report(Ledger(settings.dir), began if since is None else _began(since))
     if as_json:
         print_json(found)
         return
@@ -79,12 +85,13 @@ def clear(
     as_json: Json = False,
 ) -> None:
     """Remove every entry from this runner's store; processes that use it go on. Exit status 0; 2: it cannot be."""
-    from httpx_p2pcache.store import Store  # imports hishel, which the other commands here do without
+    from httpx_p2pcache import storage  # imports hishel, which the other commands here do without
+    from httpx_p2pcache.store import Store
 
     settings = settings_or_exit()
     store = Store(settings.dir, max_size=settings.max_size, default_ttl=settings.default_ttl)
     try:
-        removed = store.clear()
+        removed = store.clear() + storage.clear(settings.dir)
         if statistics:
             Ledger(settings.dir).clear()
     except OSError as exc:
@@ -95,6 +102,11 @@ def clear(
         print_json({"removed": removed})
     else:
         print(f"{removed} entries removed from {settings.dir}")
+
+
+def _began(since: float) -> float:
+    """The time so many minutes ago, as far back as there is one."""
+    return max(0.0, time.time() - since * 60)
 
 
 def _facts(total: dict[str, Any]) -> list[tuple[str, str]]:

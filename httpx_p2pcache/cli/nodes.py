@@ -36,8 +36,10 @@ def init(
     settings = settings_or_exit()
     try:
         status, started = life.launch(settings, idle=idle, port=port, wait=wait)
-    except (RuntimeError, OSError) as exc:
+    except RuntimeError as exc:
         fail(str(exc), 2)
+    except OSError as exc:
+        fail(f"CACHE_DIR {settings.dir} cannot be used: {exc}", 2)
     if as_json:
         print_json({**status, "started": started})
         return
@@ -139,7 +141,9 @@ def _peer(peer: dict[str, Any]) -> list[str]:
 
 
 def _show_status(status: dict[str, Any]) -> None:
-    sharing = "off" if not status["p2p_enabled"] else "on" if status["joined"] else "on, joining"
+    sharing = "on" if status["joined"] else "on, joining"
+    if not status["p2p_enabled"]:
+        sharing = f"off: {status['off_because']}" if status["off_because"] else "off"
     rows = [
         ("sharing", sharing),
         ("fleet", status["fleet"]),

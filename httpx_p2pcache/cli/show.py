@@ -31,7 +31,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str =
 
         shown = Table(title=title or None)
         for number, column in enumerate(columns):
-            shown.add_column(column, justify="right" if numbers and number else "left")
+            shown.add_column(column, justify="right" if numbers and number else "left", overflow="fold")
         for row in cells:
             shown.add_row(*(cell if _BOLD.fullmatch(cell) else escape(cell) for cell in row))
         Console().print(shown)

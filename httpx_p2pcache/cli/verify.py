@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
 import secrets
@@ -75,6 +76,8 @@ def _checks() -> Iterator[Check]:
     yield from _directory("store", settings.dir, "CACHE_DIR")
     yield from _directory("registry", settings.peer_registry or settings.dir / "peers", "CACHE_PEER_REGISTRY")
     status = life.Remote(settings.dir).get("/status")
+    if status is not None:
+        yield _daemon(settings, status)
     yield _port(settings, status)
     yield _peers(status)
     try:
@@ -113,6 +116,14 @@ def _directory(about: str, path: Path, variable: str) -> Iterator[Check]:
         yield Check(about, True, f"{path} can be written")
 
 
+def _daemon(settings: Settings, status: dict[str, Any]) -> Check:
+    if not life.is_for(settings, status):
+        return Check("daemon", False, f"the one that runs is {life.FOREIGN}")
+    if not status["p2p_enabled"]:
+        return Check("daemon", False, f"does not share: {status['off_because']}; then p2pcache stop, and p2pcache init")
+    return Check("daemon", True, f"runs (process {status['pid']})")
+
+
 def _port(settings: Settings, status: dict[str, Any] | None) -> Check:
     if status is not None:
         return Check("port", True, f"the daemon listens on {', '.join(status['addresses']) or 'none yet'}")
@@ -121,8 +132,11 @@ def _port(settings: Settings, status: dict[str, Any] | None) -> Check:
         with socket.socket(family) as probe:
             probe.bind((settings.listen_host, settings.listen_port))
     except OSError as exc:
-        said = f"{settings.listen_port} is taken ({exc.strerror}): the next free one will be announced"
-        return Check("port", None, said)
+        if exc.errno == errno.EADDRINUSE:
+            return Check("port", None, f"{settings.listen_port} is taken: the next free one will be announced")
+        where = f"{settings.listen_host}, port {settings.listen_port}"
+        said = f"a node cannot listen on {where} ({exc.strerror}): set CACHE_LISTEN_HOST or CACHE_LISTEN_PORT"
+        return Check("port", False, said)
     return Check("port", True, f"{settings.listen_port} is free")
 
 

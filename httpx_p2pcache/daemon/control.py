@@ -83,6 +83,7 @@ class Control:
         kept = (
             "aggregate",
             "p2p_enabled",
+            "off_because",
             "peer_id",
             "addresses",
             "connected_peers",
@@ -97,6 +98,7 @@ class Control:
             "pid": os.getpid(),
             "now": time.time(),
             "fleet": self._exchange.settings.fleet,
+            "label": self._exchange.keyring.label,
             "joined": self._exchange.network.active,
             **self._describe(),
             **{name: described[name] for name in (*kept, "total_size_bytes")},

@@ -18,6 +18,8 @@ from typing import Any
 
 import msgspec
 
+from httpx_p2pcache.entries import Keyring
+from httpx_p2pcache.files import local_secret, private_directory
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.sockets import door_socket, ours
 
@@ -28,6 +30,7 @@ STOP_SECONDS = 5.0
 LOCK_SECONDS = 0.2
 REMOTE_SECONDS = 5.0  # for a daemon to answer a command
 LOG = "daemon.log"
+FOREIGN = "for another secret or fleet: p2pcache stop, then p2pcache init"
 _LOCK = "daemon.lock"
 
 
@@ -39,7 +42,7 @@ class Lock:
     """The daemon's lock, held until the process ends. Raises :class:`AlreadyRunning`."""
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_directory(directory)
         self._file = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
     def __enter__(self) -> None:
@@ -108,10 +111,13 @@ class _UnixConnection(http.client.HTTPConnection):
 def launch(settings: Settings, *, idle: float, port: int | None, wait: float) -> tuple[dict[str, Any], bool]:
     """Have a daemon running, and joined within ``wait`` seconds: its status, and whether it was started by this.
 
-    Raises RuntimeError, with what it said last, if it does not come up, or cannot open ``port``.
+    Raises RuntimeError, with what it said last, if it does not come up, is there for another fleet, or cannot open
+    ``port``.
     """
     remote = Remote(settings.dir)
     status = remote.get("/status")
+    if status is not None and not is_for(settings, status):
+        raise RuntimeError(f"the daemon that runs in {settings.dir} is {FOREIGN}")
     process = None if status is not None else _spawn(settings, idle, port)
     until = time.monotonic() + START_SECONDS
     while status is None:
@@ -135,6 +141,12 @@ def launch(settings: Settings, *, idle: float, port: int | None, wait: float) ->
     return status, process is not None and status["pid"] == process.pid
 
 
+def is_for(settings: Settings, status: dict[str, Any]) -> bool:
+    """Whether the daemon of that status is a member of the fleet that ``settings`` name."""
+    secret = settings.shared_secret.encode() or local_secret(settings.dir)
+    return bool(status["label"] == Keyring.of(settings, secret).label)
+
+
 def stop(directory: Path) -> bool:
     """End the daemon of a directory; false if there was none. Raises TimeoutError if it does not end."""
     held = _holder(directory)
@@ -153,7 +165,7 @@ def stop(directory: Path) -> bool:
 
 
 def _spawn(settings: Settings, idle: float, port: int | None) -> subprocess.Popen[bytes]:
-    settings.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private_directory(settings.dir)
     command = [sys.executable, "-m", "httpx_p2pcache.cli", "node", "--idle", str(idle)]
     command += [] if port is None else ["--port", str(port)]
     descriptor = os.open(settings.dir / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)

@@ -18,22 +18,27 @@ logger = logging.getLogger("httpx_p2pcache")
 
 
 def start(
-    settings: Settings, store: Store, keyring: Keyring, stats: Stats, quotas: QuotaBoard, say_once: Callable[..., None]
+    settings: Settings,
+    store: Store,
+    keyring: Keyring,
+    stats: Stats,
+    quotas: QuotaBoard,
+    say_once: Callable[..., None],
+    nobody: Callable[[str], NoPeers],
 ) -> PeerNetwork:
     """The runner's daemon if it is there, else a node that begins to join the fleet in the background.
 
-    Without libp2p nobody, and ``say_once`` says why.
+    Without libp2p ``nobody``, which says why.
     """
     if settings.node in ("auto", "daemon"):
         network = _daemon(settings, keyring, quotas, say_once)
         if network is not None:
             return network
     if importlib.util.find_spec("libp2p") is None:
-        say_once("sharing with other runners is off, as libp2p is not installed: pip install 'httpx-p2pcache[p2p]'")
-        return NoPeers()
+        return nobody("libp2p is not installed; pip install 'httpx-p2pcache[p2p]'")
     from httpx_p2pcache.node.embedded import EmbeddedNode
 
-    return EmbeddedNode(settings, store, keyring, stats, quotas, say_once)
+    return EmbeddedNode(settings, store, keyring, stats, quotas, nobody)
 
 
 def _daemon(
@@ -53,7 +58,7 @@ def _daemon(
         node.attach()
     except WrongFleet as exc:
         say_once("%s", exc)
-        return NoPeers() if settings.node == "daemon" else None
+        return NoPeers(str(exc)) if settings.node == "daemon" else None
     except (OSError, Rejected) as exc:
         if settings.node == "auto":
             logger.debug("there is no daemon at %s: %r", path, exc)

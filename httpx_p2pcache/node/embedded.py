@@ -45,14 +45,15 @@ class EmbeddedNode:
         keyring: Keyring,
         stats: Stats,
         quotas: QuotaBoard,
-        say_once: Callable[..., None],
+        nobody: Callable[[str], NoPeers],
     ) -> None:
         self._settings = settings
         self._store = store
         self._keyring = keyring
         self._stats = stats
         self._quotas = quotas
-        self._say_once = say_once
+        self._nobody = nobody
+        self._failed: NoPeers | None = None
         self._fleet: Fleet | None = None
         self._token: trio.lowlevel.TrioToken | None = None
         self._closing = False
@@ -111,10 +112,11 @@ class EmbeddedNode:
     def status(self) -> dict[str, object]:
         fleet = self._fleet
         if fleet is None:
-            return {**NoPeers().status(), "p2p_enabled": True}
+            return {**NoPeers().status(), "p2p_enabled": True} if self._failed is None else self._failed.status()
         peers = [member.describe() for member in list(fleet.members.values())]
         return {
             "p2p_enabled": True,
+            "off_because": "",
             "peer_id": str(fleet.host.id),
             "addresses": list(fleet.addresses),
             "connected_peers": len(peers),
@@ -157,7 +159,7 @@ class EmbeddedNode:
             return False
 
         def call() -> None:
-            if self._fleet is not None and not self._closing:
+            if self._fleet is not None:
                 func(self._fleet)
 
         try:
@@ -187,18 +189,21 @@ class EmbeddedNode:
 
             if not self._closing:
                 trio.run(self._main, Fleet)
-        except OSError as exc:
-            self._say_once(
-                "sharing with other runners is off, as the node cannot listen (%s): set CACHE_LISTEN_PORT", exc
-            )
         except BaseException as exc:
-            if not self._closing:
-                self._say_once("sharing with other runners is off, as the node has failed: %r", exc)
             logger.debug("the node has failed", exc_info=True)
+            refused = _os_error(exc)
+            if refused is not None:
+                where = f"{self._settings.listen_host}, port {self._settings.listen_port}"
+                self._fail(f"the node cannot listen on {where} ({refused}); set CACHE_LISTEN_HOST or CACHE_LISTEN_PORT")
+            elif not self._closing:
+                self._fail(f"the node has failed: {exc!r}")
         finally:
             self._token = None
             self._fleet = None
             self._give_up()
+
+    def _fail(self, why: str) -> None:
+        self._failed = self._nobody(why)
 
     async def _main(self, fleet_type: type[Fleet]) -> None:
         import trio
@@ -219,6 +224,14 @@ class EmbeddedNode:
             nursery.start_soon(say_joined)
             await fleet.run(started)
             nursery.cancel_scope.cancel()
+
+
+def _os_error(exc: BaseException) -> OSError | None:
+    """The error of the operating system that this is, or that a group of errors holds."""
+    if isinstance(exc, OSError):
+        return exc
+    found = (_os_error(one) for one in getattr(exc, "exceptions", ()))
+    return next((one for one in found if one is not None), None)
 
 
 def _settle(future: Future[Any], result: object) -> None:

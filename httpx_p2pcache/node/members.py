@@ -232,8 +232,10 @@ class Link:
                 while True:
                     if self._is_others_turn():
                         await trio.lowlevel.checkpoint()
-                    self._between, self._begun = True, math.inf
-                    message = self._left_of(await read_frame(self, self._limit), at_once)
+                    self._between = True
+                    body = await read_frame(self, self._limit)
+                    self._begun = math.inf
+                    message = self._left_of(body, at_once)
                     if isinstance(message, (Introduce, Acquainted)):  # what is said after it depends on it
                         await handle(self, message)
                     elif message is not None:

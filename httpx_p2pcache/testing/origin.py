@@ -276,6 +276,8 @@ def from_har(path: Path, count: int | None = None) -> dict[str, Resource]:
         found.setdefault(target, resource)
         if count is not None and len(found) == count:
             break
+    if not found:
+        raise ValueError(f"{path} holds no GET that was answered by a 200 with text")
     return found
 
 

@@ -41,6 +41,7 @@ DEFAULTS = {
     "node": "auto",
     "artifacts": "run",
 }
+ADDRESSES = "multiaddrs, separated by commas, as /ip4/192.0.2.1/tcp/9100"
 EXPECTED = {
     "enable_p2p": "true or false",
     "shared_secret": "text",
@@ -48,8 +49,8 @@ EXPECTED = {
     "fleet": "a name",
     "listen_port": "a port number from 0 to 65535",
     "listen_host": "an IP address",
-    "announce_addrs": "a comma-separated list",
-    "bootstrap_peers": "a comma-separated list",
+    "announce_addrs": ADDRESSES,
+    "bootstrap_peers": ADDRESSES,
     "public_bootstrap": "true or false",
     "artifacts": "run, repository or none",
     "peer_registry": "a path",
@@ -63,7 +64,7 @@ EXPECTED = {
     "encrypt_at_rest": "true or false",
     "max_size": SIZE,
     "max_body_size": SIZE,
-    "github_hosts": "a comma-separated list",
+    "github_hosts": "hosts, separated by commas, as api.github.com or https://ghe.example:8443",
     "computed_validators": "true or false",
     "shared_identity": "true or false",
     "node": "auto, embedded, daemon or none",

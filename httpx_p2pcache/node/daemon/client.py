@@ -47,6 +47,7 @@ GREETING_SECONDS = 1.0  # for the whole of a greeting that has begun
 RETRY_SECONDS = 0.5  # between two looks for a daemon that has gone
 FLUSH_SECONDS = 1.5  # for what was published last, when we close
 MAX_BACKLOG = 64 * 1024**2  # bytes that a daemon may leave unread before it is given up
+REMEDY = "p2pcache stop, then p2pcache init, starts one that is."
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
 
@@ -88,10 +89,14 @@ class DaemonNode:
         Raises :class:`WrongFleet` for a daemon that serves others, and OSError where there is none.
         """
         connection = connect(self._path, ATTACH_SECONDS)
+        try:
+            connection.sendall(pack(Attach(VERSION, self._label)))  # before any other thread can say something
+        except BaseException:
+            connection.close()
+            raise
         with self._lock:
             self._connection, self._unheard_since = connection, None
             self._backlog, self._draining = [], False
-        self._send(Attach(VERSION, self._label))
         try:
             try:
                 connection.recv(1, socket.MSG_PEEK)
@@ -206,7 +211,7 @@ class DaemonNode:
         elif isinstance(frame, TellQuota):
             self._quotas.merge(frame.quota, time.time())
         elif isinstance(frame, Refused):
-            raise WrongFleet(f"the daemon at {self._path} is not for this process: {frame.why}")
+            raise WrongFleet(f"the daemon at {self._path} is not for this process: {frame.why}. {REMEDY}")
 
     def _answered(self, frame: Answered) -> None:
         if frame.kind == "awaited":

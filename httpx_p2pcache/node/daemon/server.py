@@ -120,7 +120,7 @@ class Server:
         attach = from_process(await read_frame(_Reading(stream), FRAME_OVERHEAD))
         why = None
         if not isinstance(attach, Attach) or attach.version != VERSION:
-            why = "it is of another version of httpx-p2pcache: p2pcache stop, and p2pcache init"
+            why = "it is of another version of httpx-p2pcache"
         elif attach.label != self._label:
             why = "CACHE_SHARED_SECRET or CACHE_FLEET differ"
         if why is not None:
