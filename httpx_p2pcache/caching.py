@@ -190,11 +190,12 @@ def _asked(request: Any) -> hishel.Request:
     fields: dict[str, list[str]] = {}
     for name, value in request.headers.raw:
         fields.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
-    if fields.get("host") == [url.netloc.decode("ascii")]:  # it says no more than the URL
+    authority = url.netloc.decode("ascii")
+    if fields.get("host") == [authority]:  # it says no more than the URL
         del fields["host"]
     # httpcore sends the extension "target" in the place of the path, if there is one: then that is asked for.
     target: bytes = request.extensions.get("target") or url.raw_path
-    asked = f"{url.scheme}://{url.netloc.decode('ascii')}{target.decode('latin-1')}"
+    asked = f"{url.scheme}://{authority}{target.decode('latin-1')}"
     return hishel.Request(request.method, asked, Headers(fields))
 
 
