@@ -143,6 +143,15 @@ class Store:
             if locked:
                 self._lock.release()
 
+    def at_hand(self, key: bytes) -> list[Stored] | None:
+        """The entries of a key, if they can be loaded without waiting: as for :meth:`soon`."""
+        if not self._lock.acquire(timeout=PEEK_SECONDS):
+            return None
+        try:
+            return self.peek(key) if key in self._later else self.load(key)
+        finally:
+            self._lock.release()
+
     def load(self, key: bytes) -> list[Stored]:
         """All entries of a cache key, of every identity; from memory where that is valid."""
         found = self.peek(key)

@@ -62,7 +62,7 @@ class Tombstones:
                 )
                 if len(self._since) >= MAX_TOMBSTONES:  # there may be more in the file
                     connection.execute(
-                        "DELETE FROM tombstones WHERE since <="
+                        "DELETE FROM tombstones WHERE since <"
                         " (SELECT since FROM tombstones ORDER BY since DESC LIMIT 1 OFFSET ?)",
                         (MAX_TOMBSTONES,),
                     )

@@ -61,7 +61,7 @@ logger = logging.getLogger("httpx_p2pcache")
 
 READY_SECONDS = 3.0  # for a member to tell what it holds
 WATCH_SECONDS = 0.5  # between two looks at who owes us something
-REMIND_SECONDS = 1.0
+REMIND_SECONDS = 2.0
 LOOK_SECONDS = 1.0  # between two looks at who is not needed, and who is a stranger
 COUNTS_SECONDS = 2.0  # between two messages to the members about what has been counted
 JUDGE_SECONDS = 0.01  # for which what is new about members is collected, longer the more there are
@@ -132,8 +132,7 @@ class Fleet:
                         self.nursery.start_soon(self.questions.keep_time)
                         self.nursery.start_soon(self.search.run, self._get_ready)
                         self._every(WATCH_SECONDS, self.presence.watch)
-                        self._every(LOOK_SECONDS, self.presence.let_go)
-                        self._every(LOOK_SECONDS, self.presence.show_out_strangers)
+                        self._every(LOOK_SECONDS, self.presence.let_go, self.presence.show_out_strangers)
                         self._every(REMIND_SECONDS, self._remind)
                         self._every(COUNTS_SECONDS, self._tell_counts)
                         await self.stopping.wait()
@@ -168,13 +167,14 @@ class Fleet:
             self.stats.add("peer_failures")
             logger.debug("%s has failed: %r", func.__name__, exc, exc_info=True)
 
-    def _every(self, seconds: float, func: Callable[[], Awaitable[None]]) -> None:
-        """Run ``func`` again and again, each time as by :meth:`spawn`."""
+    def _every(self, seconds: float, *functions: Callable[[], Awaitable[None]]) -> None:
+        """Run ``functions`` one after another, again and again, each time as by :meth:`spawn`."""
 
         async def again() -> None:
             while True:
                 await trio.sleep(seconds)
-                await self._tried(func)
+                for func in functions:
+                    await self._tried(func)
 
         self.nursery.start_soon(again)
 
@@ -434,9 +434,9 @@ class Fleet:
     def is_settled(self) -> bool:
         """Whether that is so."""
         return self.joined.is_set() and not any(
-            not member.ready and trio.current_time() - member.met < NEWCOMER_SECONDS
+            trio.current_time() - member.met < NEWCOMER_SECONDS and self._matters(member.peer_id)
             for member in self.members.values()
-            if self._matters(member.peer_id)
+            if not member.ready
         )
 
     def _is_ready(self, member: Member) -> None:

@@ -197,7 +197,8 @@ class Home:
             return Nothing(call)
 
         def tell(tidings: Tidings) -> None:
-            self._fleet.spawn(self._deliver, link, call, question, tidings)
+            if not isinstance(tidings, Look) or not self._delivered_at_once(link, call, question):
+                self._fleet.spawn(self._deliver, link, call, question, tidings)
 
         answer = self._claims.ask(question.claim, Asker(link.peer_id, call, tell, link), trio.current_time())
         if isinstance(answer, Pending):
@@ -221,6 +222,17 @@ class Home:
             if isinstance(answer, Granted):
                 self.ended(answer.claim, answer.id, Verdict.ABANDONED)
             raise
+
+    def _delivered_at_once(self, link: Link, call: int, question: Question) -> bool:
+        """Whether what has been published could be handed to a member that waits for it, without waiting."""
+        try:
+            held = self._shelf.at_hand(question.key)
+            if held is None or sum(len(stored.entry.body) for stored in held) > LARGE:
+                return False
+            stored = chosen(held, question)
+            return stored is not None and link.send_at_once(self._found(link, call, question, stored))
+        except Exception:  # the task meets the same, and says so
+            return False
 
     async def _deliver(self, link: Link, call: int, question: Question, tidings: Tidings) -> None:
         """What a member waits for has been decided."""

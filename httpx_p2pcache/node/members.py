@@ -340,7 +340,11 @@ class Member:
 
     def usable(self) -> bool:
         """Whether it is home to its keys, and can be asked."""
-        return self.ready and not self.suspect and any(not link.closed.is_set() for link in self.links)
+        if self.ready and not self.suspect:
+            for link in self.links:
+                if not link.closed.is_set():
+                    return True
+        return False
 
     def heard(self) -> float:
         """When it was last heard of, in the loop's time."""

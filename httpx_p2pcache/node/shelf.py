@@ -59,11 +59,7 @@ class Shelf:
 
     def at_hand(self, key: bytes) -> list[Stored] | None:
         """What is held of a key, if that can be found out without waiting."""
-        store = self._fleet.store
-        with store.soon(key) as free:
-            if free:
-                return store.load(key)
-        return store.peek(key)
+        return self._fleet.store.at_hand(key)
 
     def sealed(self, stored: Stored, question: Question, keyring: Keyring) -> bytes:
         return self.seal(stored, keyring, light=stored.entry.digest == question.holds)

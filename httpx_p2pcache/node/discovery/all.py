@@ -22,7 +22,7 @@ def discoveries(fleet: Fleet) -> list[Discovery]:
     directory = settings.peer_registry or settings.dir / "peers"
     artifacts = Artifacts.of(settings, keyring, os.environ)
     return [
-        InThread(StaticPeers(settings.bootstrap_peers), fleet.in_thread),
+        *([InThread(StaticPeers(settings.bootstrap_peers), fleet.in_thread)] if settings.bootstrap_peers else []),
         *(
             InThread(Registry(directory, ring, settings.peer_ttl, announces=ring is keyring), fleet.in_worker)
             for ring in keyring.every

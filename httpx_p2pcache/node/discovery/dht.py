@@ -103,14 +103,13 @@ class Dht:
     async def withdraw(self) -> None: ...
 
     async def _servers(self, now: float) -> dict[ID, list[str]]:
-        sightings = await self._in_thread(self._named.find)
-        if not self._settings.bootstrap_peers:
-            if self._public is None:
-                if not (self._settings.public_bootstrap and self._lonely() and now - self._began > LONELY_SECONDS):
-                    return {}
-                logger.info("Using standard libp2p bootstrap node(s)")
-                self._public = StaticPeers(PUBLIC, quietly=True)
-            sightings = await self._in_thread(self._public.find)
+        servers = self._named if self._settings.bootstrap_peers else self._public
+        if servers is None:
+            if not (self._settings.public_bootstrap and self._lonely() and now - self._began > LONELY_SECONDS):
+                return {}
+            logger.info("Using standard libp2p bootstrap node(s)")
+            servers = self._public = StaticPeers(PUBLIC, quietly=True)
+        sightings = await self._in_thread(servers.find)
         return {ID(one.peer_id): list(one.addresses) for one in sightings if one.peer_id}
 
     async def _meet(self, servers: dict[ID, list[str]]) -> None:
