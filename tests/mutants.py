@@ -16,6 +16,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 ATTACKS, FAULTS = "integration/test_attacks.py", "integration/test_faults.py"
 HOSTILE = "unit/test_hostile.py"
+STRICT, HARDENING = "integration/test_strictness.py", "integration/test_hardening.py"
 CONFORMANCE = "conformance/test_rfc9111.py::test_sync"
 
 
@@ -29,6 +30,42 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
+    Mutant(
+        "entries.py",
+        'return _machine() if local else b""',
+        'return b""',
+        "unit/test_entries.py::test_a_host_that_is_another_one_on_each_machine_has_other_keys_on_each",
+    ),
+    Mutant(
+        "exchange.py",
+        '("private", "proxy-revalidate", "s-maxage")',
+        '("proxy-revalidate", "s-maxage")',
+        f"{STRICT}::test_what_is_private_as_well_as_public_is_for_nobody_else",
+    ),
+    Mutant(
+        "exchange.py",
+        'if "set-cookie" in stored.entry.headers:',
+        "if False:",
+        f"{STRICT}::test_a_public_answer_that_sets_a_cookie_is_for_its_token_alone",
+    ),
+    Mutant(
+        "lookup.py",
+        'FOR_THE_ORIGIN = frozenset({"host", ',
+        "FOR_THE_ORIGIN = frozenset({",
+        f"{STRICT}::test_one_virtual_host_s_answer_is_not_another_s",
+    ),
+    Mutant(
+        "node/home.py",
+        "self._claims.forget(lambda asker: asker.link is link",
+        "self._claims.forget(lambda asker: False",
+        f"{HARDENING}::test_who_asks_again_on_another_link_is_not_told_to_wait_for_itself",
+    ),
+    Mutant(
+        "node/host.py",
+        "await muxer.abandon()",
+        "pass",
+        f"{HARDENING}::test_strangers_that_flood_and_never_read_are_gone_soon_after_their_time",
+    ),
     Mutant(
         "node/fleet.py",
         "if said.turn >= member.turn:",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Iterator
 
 import msgspec
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made import KEYRING, URL, a_request, an_entry, few, many
 
+from httpx_p2pcache import entries as module
 from httpx_p2pcache.entries import (
     ANONYMOUS,
     Entry,
@@ -56,6 +58,58 @@ def entries(draw: st.DrawFn) -> Entry:
 def test_a_cache_key_is_32_bytes_and_names_one_url(a: str, b: str) -> None:
     assert len(cache_key(a)) == 32
     assert (cache_key(a) == cache_key(b)) == (a == b)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if this were another machine."""
+    with monkeypatch.context() as context:
+        context.setattr(module, "_machine", lambda: b"another machine ")
+        module._place.cache_clear()
+        yield
+    module._place.cache_clear()
+
+
+THIS_MACHINES = [
+    "http://localhost/x",
+    "http://LOCALHOST:8000/x",
+    "http://127.0.0.1:8000/x?y",
+    "http://127.1/x",
+    "http://[::1]:80/x",
+    "http://0.0.0.0/x",
+    "http://169.254.169.254/latest/meta-data/",
+    "http://[fe80::1%25eth0]/x",
+    "http://metadata.google.internal/x",
+    "http://redis:6379/x",
+    "http://printer.local./x",
+    "http://app.localhost/x",
+]
+EVERYBODYS = [
+    "https://api.github.com/x",
+    "http://10.0.0.1/x",
+    "https://ghe.example.com:8443/x",
+    "http://198.51.100.1/x",
+]
+HERE = {url: (cache_key(url), claim_key(a_request(url=url), "")) for url in THIS_MACHINES + EVERYBODYS}
+
+
+@pytest.mark.parametrize("url", THIS_MACHINES + EVERYBODYS)
+@pytest.mark.usefixtures("elsewhere")
+def test_a_host_that_is_another_one_on_each_machine_has_other_keys_on_each(url: str) -> None:
+    there = cache_key(url), claim_key(a_request(url=url), "")
+    assert [here == other for here, other in zip(HERE[url], there, strict=True)] == 2 * [url in EVERYBODYS]
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_what_another_machine_has_found_at_its_own_localhost_is_rejected() -> None:
+    url = "http://localhost:3000/x"
+    key, sealed = cache_key(url), KEYRING.seal_entry(an_entry(url=url))
+    assert KEYRING.open_entry(sealed, key).url == url
+    module._place.cache_clear()
+    with pytest.MonkeyPatch.context() as here:
+        here.setattr(module, "_machine", lambda: b"this machine ")
+        with pytest.raises(Rejected, match="cache key do not agree"):
+            KEYRING.open_entry(sealed, key)
 
 
 @given(st.binary(max_size=50), st.binary(max_size=50))
