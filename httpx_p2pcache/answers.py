@@ -65,7 +65,14 @@ class Answer:
     keep: Keep | None = None
     age: float = 0.0
     view: View | None = None  # of ``stored``, where the caller has conditions of its own
-    afterwards: Way | None = None  # to be driven in the background once the answer is given (RFC 5861 §3)
+    afterwards: Afterwards | None = None  # RFC 5861 §3
+
+
+class Afterwards(NamedTuple):
+    """A way to be driven in the background once the answer is given; ``done`` is to be called when it is, or cannot."""
+
+    way: Way
+    done: Callable[[], object]
 
 
 Step = TypeVar("Step")

@@ -64,7 +64,7 @@ class CachingTransport:
             answer = self._drive(way, request)
             afterwards = answer.afterwards
             if afterwards is not None:
-                self._usage.in_background(lambda: self._revalidate(afterwards, request))
+                self._usage.in_background(lambda: self._revalidate(afterwards.way, request), afterwards.done)
         return self._response(answer, request)
 
     def _revalidate(self, way: Way, request: Any) -> None:
@@ -83,9 +83,11 @@ class CachingTransport:
             way = self._exchange.way(asked, caller, _patience(request), background=loop is not None)
             answer = await self._async_drive(way, request)
             if answer.afterwards is not None and loop is not None:
-                task = loop.create_task(self._async_revalidate(answer.afterwards, request))
+                afterwards = answer.afterwards
+                task = loop.create_task(self._async_revalidate(afterwards.way, request))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+                task.add_done_callback(lambda _: afterwards.done())  # also if it never began
         return self._response(answer, request, sync=False)
 
     async def _async_revalidate(self, way: Way, request: Any) -> None:
@@ -102,14 +104,16 @@ class CachingTransport:
     def _drive(self, way: Way, request: Any) -> Answer:
         def send(added: Fields) -> Reply:
             origin = self._sync_origin(request.url)
-            return _reply(self._library, origin.handle_request(_with(self._library, request, added)))
+            response = origin.handle_request(_with(self._library, request, added))
+            return _reply(self._library, response, request.method)
 
         return drive(way, send, _discard, _read)
 
     async def _async_drive(self, way: Way, request: Any) -> Answer:
         async def send(added: Fields) -> Reply:
             origin = self._async_origin(request.url)
-            return _reply(self._library, await origin.handle_async_request(_with(self._library, request, added)))
+            response = await origin.handle_async_request(_with(self._library, request, added))
+            return _reply(self._library, response, request.method)
 
         return await async_drive(way, send, _async_discard, _async_read)
 
@@ -213,29 +217,28 @@ def _with(library: Any, request: Any, added: Fields) -> Any:
     )
 
 
-def _reply(library: Any, response: Any) -> Reply:
+def _reply(library: Any, response: Any, method: str) -> Reply:
     if getattr(response, "is_stream_consumed", False) and not isinstance(response.stream, library.ByteStream):
-        response = _unread(library, response)
+        response = _unread(library, response, method)
     fields: dict[str, list[str]] = {}
     for name, value in response.headers.raw:
         fields.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
     return Reply(response.status_code, Headers(fields), response)
 
 
-def _unread(library: Any, response: Any) -> Any:
+def _unread(library: Any, response: Any, method: str) -> Any:
     """A response that a transport below has read already, as one that can be read: by then it is decoded."""
     try:
         body: bytes = response.content
     except library.ResponseNotRead:  # it was not kept: nobody can have it
         return response
-    coded = (b"content-encoding", b"content-length", b"transfer-encoding")
-    headers = [(name, value) for name, value in response.headers.raw if name.lower() not in coded]
-    return library.Response(
-        response.status_code,
-        headers=[*headers, (b"content-length", b"%d" % len(body))],
-        stream=library.ByteStream(body),
-        extensions=response.extensions,
-    )
+    headers = response.headers.raw
+    if method != "HEAD" and response.status_code not in (204, 304):  # else there is no content, and its fields stand
+        coded = (b"content-encoding", b"content-length", b"transfer-encoding")
+        headers = [(name, value) for name, value in headers if name.lower() not in coded]
+        headers += [(b"content-length", b"%d" % len(body))]
+    stream, extensions = library.ByteStream(body), response.extensions
+    return library.Response(response.status_code, headers=headers, stream=stream, extensions=extensions)
 
 
 def _response(library: Any, answer: Answer, request: Any, kept: type[Any]) -> Any:

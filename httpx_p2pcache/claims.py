@@ -116,8 +116,11 @@ class ClaimTable(Generic[Asker]):
     def adopt(self, key: bytes, holder: Asker, ends: float, id_: int | None = None) -> Granted:
         """Note that ``holder`` fetches ``key``: it was granted here, or with ``id_`` by the key's former home."""
         claim = _Claim(secrets.randbits(63) if id_ is None else id_, holder, ends)
-        if len(self._claims) < self._limit:
-            self._claims.setdefault(key, claim)
+        known = self._claims.get(key)
+        if known is not None and known.id == claim.id:  # told again, by another way
+            known.holder = holder
+        elif known is None and len(self._claims) < self._limit:
+            self._claims[key] = claim
         return Granted(claim.id, claim.ends)
 
     def release(self, key: bytes, id_: int | None, verdict: Verdict, now: float) -> Told[Asker]:

@@ -118,6 +118,11 @@ def cache_key(url: str) -> bytes:
     return hashlib.sha256(PROTOCOL + b" " + _place(_authority(url)) + url.encode()).digest()
 
 
+def is_local(url: str) -> bool:
+    """Whether its host is another one on each machine."""
+    return bool(_place(_authority(url)))
+
+
 def _authority(url: str) -> str:
     return url.partition("://")[2].partition("/")[0]
 

@@ -13,7 +13,7 @@ It yields what it needs done and is sent what came of it. A sync and an async pu
 The way of a GET or HEAD is in ``lookup``, what is saved of it in ``keep``, what is owed to others in ``lease``.
 The steps are those of the README's "Loading process":
 
-1. Unsafe methods go to the origin; a success invalidates here and at every peer.
+1. Unsafe methods go to the origin; a success, or a lost answer, invalidates here and at every peer.
 2. What the store holds: fresh, and the identity may use it: answered.
 3. One flight per key in this process; its leader asks the key's home, once, for the entry or for the fleet's claim.
 4. hishel's state machine decides on what we now hold.
@@ -133,16 +133,17 @@ class Exchange:
         return self.from_store(best, time.time(), source="local")
 
     def fresh(self, request: hishel.Request, asker: Asker, found: list[Stored]) -> Stored | None:
-        """The latest of ``found`` that a plain request (as :meth:`GitHub.seen`) selects, if it needs no validation."""
-        best, value_of = None, self.value_of(request)
+        """The latest of ``found`` that a plain request (as :meth:`GitHub.seen`) may have without validation."""
+        now, best, value_of = time.time(), None, self.value_of(request)
         for stored in found:
             if (
-                (best is None or stored.made > best.made)
+                stored.fresh(now)
                 and self.may_use(stored, asker)
                 and stored.matches(request.method, value_of)
+                and (best is None or stored.made > best.made)
             ):
                 best = stored
-        return best if best is not None and best.fresh(time.time()) else None
+        return best
 
     def way(
         self, request: hishel.Request, caller: Hashable, patience: float | None, *, background: bool = False
@@ -157,7 +158,7 @@ class Exchange:
         if request.method not in CACHEABLE:
             return (yield from self._write_through(request))
         if (
-            "no-store" in wishes  # §5.2.1.5: nothing of this exchange is stored
+            (no_store := "no-store" in wishes)  # §5.2.1.5: nothing of this exchange is stored
             or not FOR_THE_ORIGIN.isdisjoint(request.headers)
             or request.headers.get("content-length", "0") != "0"
             or len(request.url) > MAX_URL
@@ -165,7 +166,8 @@ class Exchange:
         ):
             sent = time.time()
             answer = yield from self.pass_by(request, "bypass")
-            yield from self.heed_refusal(request, answer.reply, sent)
+            if no_store and FOR_THE_ORIGIN.isdisjoint(request.headers) and "content-length" not in request.headers:
+                yield from self.heed_refusal(request, answer.reply, sent)
             return answer
         return (yield from Lookup(self, request, wishes, patience, background).way(caller))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -14,15 +15,20 @@ SECRET_BYTES = 32
 
 
 def private_directory(directory: Path) -> None:
-    """Make ``directory``, or make an empty one of ours that was made for us its owner's alone. Raises OSError.
+    """Make ``directory`` if there is none; an empty one of ours becomes its owner's alone. Raises OSError.
 
-    One that holds something already may be meant for others as well, and is left as it is: our files in it are private.
+    One that holds something already may be meant for others to read, as our files in it are private; but whoever can
+    write there could put others in their place. One that all share (with the sticky bit, as /tmp) is left as it is.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = directory.stat()
-    plain = status.st_mode & (stat.S_ISVTX | stat.S_IWUSR) == stat.S_IWUSR  # neither shared by all nor read-only
-    if status.st_uid == os.getuid() and status.st_mode & 0o077 and plain and not any(directory.iterdir()):
-        directory.chmod(0o700)
+    mode = stat.S_IMODE(status.st_mode)
+    if status.st_uid != os.getuid() or mode & stat.S_ISVTX or not mode & stat.S_IWUSR:
+        return
+    with contextlib.suppress(OSError):  # not every file system has modes
+        wanted = mode & ~0o022 if any(directory.iterdir()) else 0o700
+        if mode & 0o077 and mode != wanted:
+            directory.chmod(wanted)
 
 
 def private_file(path: Path) -> Path:

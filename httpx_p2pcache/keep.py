@@ -42,8 +42,9 @@ class Keep:
             return
         exchange, body = self._lookup.exchange, b"".join(self._chunks)
         try:
-            if self._is_cut_short(len(body)):
-                self._lease.settle(Verdict.FAILED)
+            said = self._length()
+            if said is not None and said != len(body):
+                self._lease.settle(Verdict.FAILED if len(body) < said else Verdict.UNSTORABLE)
                 return
             entry = self._lookup.entry(self._reply, body, self._sent)
             if entry.status == 206:
@@ -69,12 +70,13 @@ class Keep:
             logger.debug("an entry could not be kept", exc_info=True)
             self._lease.settle(Verdict.UNSTORABLE)
 
-    def _is_cut_short(self, size: int) -> bool:
-        """Whether the body is not as long as the origin has said, which a transport may not have noticed (§3.3)."""
-        lengths = self._reply.headers.get_list("content-length") or []
-        return self._lookup.request.method == "GET" and any(
-            line.isdecimal() and int(line[:20]) != size for line in lengths
-        )
+    def _length(self) -> int | None:
+        """How long the body is by the origin's word, if there is one; transports may not notice another (§3.3)."""
+        headers = self._reply.headers
+        lengths = headers.get_list("content-length") or []
+        if self._lookup.request.method != "GET" or len(lengths) != 1 or "transfer-encoding" in headers:
+            return None
+        return int(lengths[0][:20]) if lengths[0].isdecimal() else None
 
     def abandon(self) -> None:
         """The body will not be read to its end. After ``finish`` this does nothing."""

@@ -18,10 +18,10 @@ import msgspec
 from hishel import CacheOptions, Headers
 
 from httpx_p2pcache import parts
-from httpx_p2pcache.answers import Answer, Discard, Effect, Read, Reply, Run, Wait, Way, caching
+from httpx_p2pcache.answers import Afterwards, Answer, Discard, Effect, Read, Reply, Run, Wait, Way, caching
 from httpx_p2pcache.claims import FLEET_PATIENCE, Granted, Look, Verdict
 from httpx_p2pcache.conditions import combined, opaque, tags_of, viewed
-from httpx_p2pcache.entries import ANONYMOUS, Entry, body_digest, cache_key, claim_key
+from httpx_p2pcache.entries import ANONYMOUS, Entry, body_digest, cache_key, claim_key, is_local
 from httpx_p2pcache.freshness import (
     directives,
     freshened,
@@ -57,6 +57,7 @@ CONDITIONS = frozenset({"if-modified-since", "if-none-match"})
 SPECIAL = FOR_THE_ORIGIN | CONDITIONS | {"cache-control", "content-length", "if-range", "pragma", "range"}
 # Fields of a request that say nothing about which representation is meant, and are not sent to peers.
 _UNSELECTIVE = frozenset({"connection", "content-length", "transfer-encoding", "te"})
+_OF_THE_REQUEST = frozenset({407, 408, 421, 425})  # they say nothing of the resource
 _GITHUB_STALE_SECONDS = 86_400.0
 _OPTIONS = CacheOptions(shared=False, supported_methods=list(CACHEABLE))
 
@@ -257,14 +258,9 @@ class Lookup:
         answer = self.exchange.from_store(stored, now, source="local")
         answer.cache_status += "; detail=stale-while-revalidate"
         if self.exchange.begins_revalidation(claim):
-            answer.afterwards = self._revalidate(claim)
+            way = Lookup(self.exchange, self.request, self.wishes).way(object())
+            answer.afterwards = Afterwards(way, partial(self.exchange.revalidating.pop, claim, None))
         return answer
-
-    def _revalidate(self, claim: bytes) -> Way:
-        try:
-            return (yield from Lookup(self.exchange, self.request, self.wishes).way(object()))
-        finally:
-            self.exchange.revalidating.pop(claim, None)
 
     def _stored(self, shown: hishel.Entry) -> Stored:
         return next(stored for stored in self.held if stored.id == shown.id)
@@ -293,10 +289,12 @@ class Lookup:
             holds=self.held[0].entry.digest if self.held else b"",
             age=self.held[0].entry.age(time.time()) if self.held else 0.0,
             any_identity=self.shared,
+            local=is_local(self.request.url),
         )
         until = time.monotonic() + FLEET_PATIENCE * self.patience
         asked = exchange.network.ask(question)
-        answer = yield from lease.wait(asked, settings.lookup_timeout, keep=True)
+        patience = min(settings.lookup_timeout, max(0.0, until - time.monotonic()))
+        answer = yield from lease.wait(asked, patience, keep=True)
         if answer is None and asked.awaited:
             answer = yield from lease.wait(asked, max(0.0, until - time.monotonic()))
         elif answer is None:
@@ -381,6 +379,8 @@ class Lookup:
                 known = {"etag": [str(self._stored(state.revalidating_entries[0]).entry.first("etag"))]}
                 seen = hishel.Response(reply.status, Headers({**_lists(reply.headers), **known}))
             if reply.status == 304:  # about the one whose validators were sent, and none that looks like it
+                if state.revalidating_entries[0].id in self.others:  # of which the machine knows its tag alone
+                    seen.headers.pop("last-modified", None)
                 state = dataclasses.replace(state, revalidating_entries=state.revalidating_entries[:1])
             state = state.next(machine_response(seen))
             if isinstance(state, hishel.InvalidateEntries):
@@ -401,9 +401,11 @@ class Lookup:
         if storable and reply.status != 202 and not _too_large(reply, exchange.settings.max_body_size):
             keep = Keep(self, reply, sent, lease)
         else:
-            if self.request.method == "GET" and reply.status < 500 and not refuses(reply.status, reply.headers):
-                # §4.3.3: a full answer says that what we hold is none any more.
-                yield Run(partial(exchange.store.remove, self.key, self.held))
+            if self.request.method == "GET" and reply.status not in _OF_THE_REQUEST and not _failing(reply):
+                # §4.3.3: a full answer says that what we hold is none any more; a refusal says it to this identity.
+                refused = reply.status in (401, 403)
+                ours = [s for s in self.held if not refused or s.entry.identity == self.asker.identity]
+                yield Run(partial(exchange.store.remove, self.key, ours))
             lease.settle(Verdict.FAILED if reply.status >= 500 else Verdict.UNSTORABLE)
         status = (
             f"fwd={why}" + (f"; fwd-status={reply.status}" if why == "stale" else "") + ("; stored" if keep else "")

@@ -35,7 +35,8 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     ``selecting`` holds the request's fields as they may be sent (credentials as digests); ``holds`` the digest of a
     body that the asker has already and need not be sent again, b"" for none, and ``age`` the age in seconds of the
-    entry that has it: only a younger one helps; ``any_identity``: an entry of another identity helps as well.
+    entry that has it: only a younger one helps; ``any_identity``: an entry of another identity helps as well;
+    ``local``: it is about a host that is another one on each machine.
     """
 
     key: Key
@@ -46,6 +47,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     holds: Annotated[bytes, Meta(max_length=16)] = b""
     age: Annotated[float, Meta(ge=0)] = 0.0
     any_identity: bool = False
+    local: bool = False
 
     def __post_init__(self) -> None:
         if not may_select(self.selecting):

@@ -48,8 +48,8 @@ class Usage:
         wait_for(self.exchange.network.joined(), timeout)
         return self.exchange.network.active
 
-    def in_background(self, func: Callable[[], None]) -> None:
-        """Call ``func`` in a thread of its own; nobody hears of its failure, and ``close`` waits for it a moment."""
+    def in_background(self, func: Callable[[], None], done: Callable[[], object]) -> None:
+        """Call ``func`` in a thread, then ``done``; nobody hears of a failure, and ``close`` waits for it a moment."""
 
         def run() -> None:
             try:
@@ -57,6 +57,7 @@ class Usage:
             except Exception as exc:
                 logger.debug("a revalidation in the background has failed: %s", type(exc).__name__)
             finally:
+                done()
                 self._background.discard(threading.current_thread())
 
         worker = threading.Thread(target=run, name="p2pcache-revalidate", daemon=True)
@@ -64,6 +65,7 @@ class Usage:
         try:
             worker.start()
         except RuntimeError:  # there are no more threads to be had
+            done()
             self._background.discard(worker)
 
     def close(self) -> None:

@@ -135,7 +135,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         values: dict[str, Any] = {}
         for name, spec in _SPECS.items():
             raw = environ.get(variable(name), "").strip()
-            if isinstance(overrides.get(name), str):  # as one would write it there
+            if overrides.get(name) and isinstance(overrides[name], str):  # as one would write it there
                 raw = overrides.pop(name)
             if raw and name not in overrides:
                 try:

@@ -64,6 +64,8 @@ def clear(directory: Path) -> int:
         return 0
     try:
         with contextlib.closing(connect(directory / FILE)) as connection:
+            if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'").fetchone():
+                return 0  # nothing has been asked of it yet
             ((count,),) = connection.execute("SELECT count(*) FROM entries").fetchall()
             connection.clear()
     except sqlite3.Error as exc:

@@ -38,7 +38,8 @@ class Stored:
         self.control = directives(entry.headers)
         # When the origin made it (RFC 9111 §4: the most recent one counts), then when it came.
         date = http_date(entry.first("date"))
-        self.made = (entry.received - entry.initial_age if date is None else date), entry.received
+        made = math.floor(entry.received - entry.initial_age) if date is None else date
+        self.made = min(made, entry.received), entry.received
         fresh_for = lifetime(entry, default_ttl)
         # Whole seconds, as hishel's machine counts them.
         self.fresh_for = math.floor(fresh_for) if fresh_for is not None else 0

@@ -29,6 +29,7 @@ class Tombstones:
 
     def __init__(self) -> None:
         self._since: OrderedDict[tuple[bytes, str], float] = OrderedDict()
+        self._unchecked = 0  # rows written since it was looked whether there are too many
 
     def void(self, key: bytes, identity: str, since: float) -> bool:
         """Whether a key was written to, or an identity refused, after ``since``."""
@@ -60,7 +61,9 @@ class Tombstones:
                     " ON CONFLICT DO UPDATE SET since = max(since, excluded.since)",
                     rows,
                 )
-                if len(self._since) >= MAX_TOMBSTONES:  # there may be more in the file
+                self._unchecked += len(rows)
+                if self._unchecked > MAX_TOMBSTONES // 10:  # to look for what is too much takes a tenth of a second
+                    self._unchecked = 0
                     connection.execute(
                         "DELETE FROM tombstones WHERE since <"
                         " (SELECT since FROM tombstones ORDER BY since DESC LIMIT 1 OFFSET ?)",

@@ -47,7 +47,7 @@ function main () {
   if (!install(python)) return
   const wait = input('wait') || '10'
   const env = { ...process.env, ...given }
-  const done = run(python, ['-m', 'httpx_p2pcache.cli', 'init', '--json', '--wait', wait], { env })
+  const done = run(python, ['-m', 'httpx_p2pcache.cli', 'init', '--json', '--replace', '--wait', wait], { env })
   if (done.status !== 0) return warn(`the daemon did not start: ${done.stderr.trim()}`)
   const status = JSON.parse(done.stdout)
   // Not before: a value that cannot be used would fail the steps to come.

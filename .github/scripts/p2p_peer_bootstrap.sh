@@ -53,7 +53,7 @@ init() {
   fi
   peers="$(p2pcache discover 5 2> /dev/null | paste -sd, -)"
   [ -n "${CACHE_BOOTSTRAP_PEERS:-}" ] && peers="$CACHE_BOOTSTRAP_PEERS"
-  status="$(CACHE_ENABLE_P2P=true p2pcache init --json)" || return 1
+  status="$(CACHE_ENABLE_P2P=true p2pcache init --json --replace)" || return 1
   { read -r peer_id; read -r multiaddr; read -r port; } < <(described <<< "$status")
   tell "${GITHUB_ENV:-}" CACHE_ENABLE_P2P true
   tell "${GITHUB_ENV:-}" CACHE_LISTEN_PORT "${port:-${CACHE_LISTEN_PORT:-9100}}"

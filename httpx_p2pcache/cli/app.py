@@ -22,7 +22,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich" if sys.stdout.isatty() and sys.stderr.isatty() else None,  # a pipe gets plain text
+    # A pipe gets plain text; and there need be neither.
+    rich_markup_mode="rich" if all(one and one.isatty() for one in (sys.stdout, sys.stderr)) else None,
 )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import base58
 
 from httpx_p2pcache.entries import Keyring
+from httpx_p2pcache.files import private_directory
 from httpx_p2pcache.node.discovery import Sighting
 from httpx_p2pcache.node.discovery.registry import Registry
 from httpx_p2pcache.settings import ADVICE, Settings, can_be_guessed
@@ -54,6 +55,7 @@ def register(settings: Settings, peer_id: str, port: int, ip: str) -> str:
     address = f"/ip{found.version}/{ip}/tcp/{port}"
     keyring = Keyring.of(settings, settings.shared_secret.encode())
     registry = Registry(settings.peer_registry or settings.dir / "peers", keyring, settings.peer_ttl)
+    private_directory(settings.dir)  # where the registry is by default
     registry.announce(base58.b58decode(peer_id), [address])
     return f"{address}/p2p/{peer_id}"
 

@@ -25,6 +25,9 @@ def init(
     idle: Idle = life.IDLE_SECONDS,
     port: Port = None,
     wait: Annotated[float, typer.Option(min=0, max=300, help="Seconds to wait until it knows its peers.")] = 10,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="End one that runs for another secret or fleet first.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Start this runner's daemon in the background, or find the one that runs.
@@ -35,8 +38,8 @@ def init(
     """
     settings = settings_or_exit()
     try:
-        status, started = life.launch(settings, idle=idle, port=port, wait=wait)
-    except RuntimeError as exc:
+        status, started = life.launch(settings, idle=idle, port=port, wait=wait, replace=replace)
+    except (RuntimeError, TimeoutError) as exc:
         fail(str(exc), 2)
     except OSError as exc:
         fail(f"CACHE_DIR {settings.dir} cannot be used: {exc}", 2)
@@ -143,7 +146,8 @@ def _peer(peer: dict[str, Any]) -> list[str]:
 def _show_status(status: dict[str, Any]) -> None:
     sharing = "on" if status["joined"] else "on, joining"
     if not status["p2p_enabled"]:
-        sharing = f"off: {status['off_because']}" if status["off_because"] else "off"
+        why = status.get("off_because")
+        sharing = f"off: {why}" if why else "off"
     rows = [
         ("sharing", sharing),
         ("fleet", status["fleet"]),

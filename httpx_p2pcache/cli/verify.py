@@ -120,7 +120,8 @@ def _daemon(settings: Settings, status: dict[str, Any]) -> Check:
     if not life.is_for(settings, status):
         return Check("daemon", False, f"the one that runs is {life.FOREIGN}")
     if not status["p2p_enabled"]:
-        return Check("daemon", False, f"does not share: {status['off_because']}; then p2pcache stop, and p2pcache init")
+        why = status.get("off_because") or "see its log"
+        return Check("daemon", False, f"does not share: {why}; then p2pcache stop, and p2pcache init")
     return Check("daemon", True, f"runs (process {status['pid']})")
 
 

@@ -108,16 +108,21 @@ class _UnixConnection(http.client.HTTPConnection):
             raise OSError("somebody else listens at the daemon's socket")
 
 
-def launch(settings: Settings, *, idle: float, port: int | None, wait: float) -> tuple[dict[str, Any], bool]:
+def launch(
+    settings: Settings, *, idle: float, port: int | None, wait: float, replace: bool = False
+) -> tuple[dict[str, Any], bool]:
     """Have a daemon running, and joined within ``wait`` seconds: its status, and whether it was started by this.
+
+    ``replace``: one that is there for another fleet is ended first.
 
     Raises RuntimeError, with what it said last, if it does not come up, is there for another fleet, or cannot open
     ``port``.
     """
     remote = Remote(settings.dir)
     status = remote.get("/status")
-    if status is not None and not is_for(settings, status):
-        raise RuntimeError(f"the daemon that runs in {settings.dir} is {FOREIGN}")
+    if status is not None and replace and not is_for(settings, status):
+        stop(settings.dir)
+        status = None
     process = None if status is not None else _spawn(settings, idle, port)
     until = time.monotonic() + START_SECONDS
     while status is None:
@@ -127,6 +132,8 @@ def launch(settings: Settings, *, idle: float, port: int | None, wait: float) ->
             raise RuntimeError(f"the daemon did not start: {_last_words(settings.dir)}")
         time.sleep(0.02)
         status = remote.get("/status")
+    if not is_for(settings, status):
+        raise RuntimeError(f"the daemon that runs in {settings.dir} is {FOREIGN}")
     until = time.monotonic() + wait
     while not status["joined"] and status["p2p_enabled"] and time.monotonic() < until:
         time.sleep(0.05)
@@ -144,7 +151,7 @@ def launch(settings: Settings, *, idle: float, port: int | None, wait: float) ->
 def is_for(settings: Settings, status: dict[str, Any]) -> bool:
     """Whether the daemon of that status is a member of the fleet that ``settings`` name."""
     secret = settings.shared_secret.encode() or local_secret(settings.dir)
-    return bool(status["label"] == Keyring.of(settings, secret).label)
+    return bool(status.get("label") == Keyring.of(settings, secret).label)
 
 
 def stop(directory: Path) -> bool:

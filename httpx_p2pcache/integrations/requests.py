@@ -90,12 +90,12 @@ class P2PCacheAdapter(HTTPAdapter):
             afterwards = answer.afterwards
             if afterwards is not None:
 
-                def revalidate(way: Way = afterwards) -> None:
+                def revalidate(way: Way = afterwards.way) -> None:
                     response = self._response(drive(way, send_on, _discard, _read), request)
                     response.content  # noqa: B018 - read to its end, it is kept
                     response.close()
 
-                self._usage.in_background(revalidate)
+                self._usage.in_background(revalidate, afterwards.done)
         return self._response(answer, request)
 
     def before_origin(self) -> None:

@@ -191,11 +191,13 @@ class EmbeddedNode:
                 trio.run(self._main, Fleet)
         except BaseException as exc:
             logger.debug("the node has failed", exc_info=True)
-            refused = _os_error(exc)
-            if refused is not None:
+            refused = _os_error(exc) if self._fleet is None else None  # it never came to listen
+            if self._closing:
+                pass
+            elif refused is not None:
                 where = f"{self._settings.listen_host}, port {self._settings.listen_port}"
                 self._fail(f"the node cannot listen on {where} ({refused}); set CACHE_LISTEN_HOST or CACHE_LISTEN_PORT")
-            elif not self._closing:
+            else:
                 self._fail(f"the node has failed: {exc!r}")
         finally:
             self._token = None

@@ -11,7 +11,7 @@ import trio
 from libp2p.peer.id import ID
 
 from httpx_p2pcache.claims import CLAIM_LIFE, Verdict
-from httpx_p2pcache.entries import Entry, cache_key
+from httpx_p2pcache.entries import Entry, cache_key, is_local
 from httpx_p2pcache.network import Question
 from httpx_p2pcache.node.members import Member
 from httpx_p2pcache.node.protocol import Fetching, Publish, Published, Push, Release
@@ -67,7 +67,7 @@ class Fetches:
         """
         held = self._fetching.pop(claim, None)
         self._fleet.home.ended(claim, None, Verdict.PUBLISHED)
-        if not self._fleet.members:
+        if not self._fleet.members or (is_local(entry.url) and not self._fleet.on_one_machine()):
             return
         key = cache_key(entry.url)
         parcel = Parcel(entry, refreshed=refreshed)

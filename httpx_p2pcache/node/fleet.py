@@ -132,7 +132,7 @@ class Fleet:
                         self.nursery.start_soon(self.questions.keep_time)
                         self.nursery.start_soon(self.search.run, self._get_ready)
                         self._every(WATCH_SECONDS, self.presence.watch)
-                        self._every(LOOK_SECONDS, self.presence.let_go, self.presence.show_out_strangers)
+                        self._every(LOOK_SECONDS, self.presence.show_out_strangers, self.presence.let_go)
                         self._every(REMIND_SECONDS, self._remind)
                         self._every(COUNTS_SECONDS, self._tell_counts)
                         await self.stopping.wait()
@@ -152,6 +152,10 @@ class Fleet:
         told = [self.counts, *(one for m in list(self.members.values()) for one in list(m.counts.values()))]
         # A runner without a daemon may have several nodes, of which each tells what all its processes have counted.
         return {one.runner: one.counts for one in sorted(told, key=lambda t: t.counts.get("requests", 0)) if one.runner}
+
+    def on_one_machine(self) -> bool:
+        """Whether all members are on this machine, as far as they say: others can do nothing with its own hosts."""
+        return all(member.here for member in self.members.values())
 
     def spawn(self, func: Callable[..., Awaitable[None]], *args: Any) -> None:
         """Run ``func`` in the background; if it fails that costs its own purpose and nothing else."""
@@ -309,7 +313,7 @@ class Fleet:
                 self.spawn(link.send, TellQuota(quota))
         if link not in member.links:
             member.links.append(link)
-        member.takes = said.takes
+        member.takes, member.here = said.takes, here
         if said.ready:
             self._is_ready(member)
         link.introduced.set()
@@ -447,15 +451,15 @@ class Fleet:
         self._somebody_ready = trio.Event()
 
     def _part_from(self, link: Link) -> None:
-        self.home.parted(link)
         member = self.members.get(link.peer_id)
         if member is None or link not in member.links:
+            self.home.parted(link)
             return
         member.links.remove(link)
-        fetching = self.fetches.fetching()
-        if member.links and fetching:  # it does not know which of our claims have come to us on the link that is lost
-            self.spawn(member.send, Fetching(fetching))
-        if not member.links:
+        if member.links:
+            self.spawn(self._go_on, member, link)
+        else:
+            self.home.parted(link)
             del self.members[link.peer_id]
             self._called_ready.discard(link.peer_id)
             self.home.lost(link.peer_id)
@@ -465,6 +469,14 @@ class Fleet:
                 candidate.next_try = trio.current_time() + BACK_OFF_SECONDS[0]
                 self.search.look_again()
         self.reach_changed()
+
+    async def _go_on(self, member: Member, lost: Link) -> None:
+        """A member has another link: each tells the other there what it is fetching for it. The rest was lost."""
+        fetching = self.fetches.fetching()
+        if fetching:
+            await member.send(Fetching(fetching))
+        await trio.sleep(self.settings.lookup_timeout / 2)
+        self.home.parted(lost)
 
     # What is told again and again
 

@@ -200,6 +200,9 @@ class Home:
             if not isinstance(tidings, Look) or not self._delivered_at_once(link, call, question):
                 self._fleet.spawn(self._deliver, link, call, question, tidings)
 
+        holder = self._claims.holder(question.claim)
+        if holder is not None and holder.link is not None and holder.link.closed.is_set():
+            self.parted(holder.link)  # it has not heard that it may fetch, or asks again
         answer = self._claims.ask(question.claim, Asker(link.peer_id, call, tell, link), trio.current_time())
         if isinstance(answer, Pending):
             return Wait(call)

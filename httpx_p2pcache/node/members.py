@@ -313,6 +313,7 @@ class Member:
     met: float = field(default_factory=trio.current_time)
     rtt: float | None = None
     ready: bool = False  # it knows the others, and is home to its keys
+    here: bool = False  # on this machine, as it says
     takes: int = 0  # bytes of the largest body that it stores
     counts: dict[str, TellCounts] = field(default_factory=dict)  # what its runner, and those behind it, have counted
     told_counts: dict[str, TellCounts] = field(default_factory=dict)  # what we have told it

@@ -70,6 +70,9 @@ class Questions:
     def ask(self, asked: network.Question, future: Asked) -> None:
         """Answer ``future`` as :class:`network.PeerNetwork` promises."""
         question = _Question(self, asked, future)
+        if asked.local and not self._fleet.on_one_machine():
+            self._resolve(question, Unclaimed())
+            return
         try:
             put = self._fleet.is_settled() and self._put_at_once(question)
         except Exception:  # the task meets the same, and says so
@@ -110,7 +113,7 @@ class Questions:
     async def _put(self, question: _Question) -> None:
         """The same for one who waits."""
         fleet = self._fleet
-        if question.future.cancelled():  # nobody wants to know any more
+        if question.future.done():  # nobody wants to know any more
             return
         try:
             if not fleet.is_settled():
@@ -212,7 +215,7 @@ class Questions:
         """The member that was asked is gone: the next home knows, or decides anew."""
         if question in self._open:
             self._drop(question)
-            if question.future.cancelled():  # nobody wants to know any more
+            if question.future.done():  # nobody wants to know any more
                 return
             self._spawn(self._look_here if question.forwarded else self._put, question)
 

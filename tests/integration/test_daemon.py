@@ -326,8 +326,7 @@ def test_a_setting_that_cannot_be_used_ends_every_command_with_its_name(tmp_path
 def test_where_no_daemon_can_listen_init_says_why(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     (tmp_path / "open").mkdir()
-    (tmp_path / "open" / "something").touch()  # an empty one would be made this user's alone
-    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "open").chmod(0o1777)  # as /tmp is
     causes = {"file": "file", "open": "only this user can write"}
     with ThreadPoolExecutor(2) as pool:
         ends = list(pool.map(lambda name: runner_at(tmp_path / name).run("init"), causes))

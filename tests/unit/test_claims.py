@@ -103,7 +103,10 @@ class Claims(RuleBasedStateMachine):
         grants = self.expire()
         self.askers += 1
         self.table.adopt(key, self.askers, self.now + TIMEOUT, id_)
-        if len(self.fetches) < self.limit:
+        fetch = self.fetches.get(key)
+        if fetch is not None and fetch.id == id_:
+            fetch.holder = self.askers
+        elif len(self.fetches) < self.limit:
             self.fetches.setdefault(key, Fetch(id_, self.askers, self.now + TIMEOUT))
         return multiple(*grants, (key, id_))
 
@@ -228,6 +231,14 @@ def test_an_adopted_claim_does_not_displace_the_one_that_is_there() -> None:
     table.adopt(b"k", "another", 5.0, 77)
     assert table.release(b"k", 77, Verdict.PUBLISHED, 2.0) == []
     assert table.release(b"k", granted.id, Verdict.PUBLISHED, 2.0) == [(b"k", "a", Look())]
+
+
+def test_a_claim_that_is_told_again_on_another_way_moves_there_and_lives_no_longer() -> None:
+    table, granted = table_with_waiters("a")
+    table.adopt(b"k", "the same on another link", 50.0, granted.id)
+    assert table.holder(b"k") == "the same on another link"
+    assert table.forget(lambda asker: asker == "x", 2.0) == []
+    assert [asker for _, asker, _ in table.expire(TIMEOUT)] == ["a"]
 
 
 def test_an_adopted_claim_that_ends_before_older_ones_passes_on_when_it_ends() -> None:

@@ -221,8 +221,8 @@ class DaemonNode:
             return
         future = self._open.pop(frame.call, None)
         if frame.kind == "claim":
-            # To one who has given up it says so itself, by Forget: the daemon gives the claim back.
-            self._settle(future, FleetClaim(frame.id))
+            if not self._settle(future, FleetClaim(frame.id)):  # nobody waits for it any more
+                self._send(Forget(frame.call))
         else:
             self._settle(future, network.Found() if frame.kind == "found" else Unclaimed())
 
@@ -314,13 +314,15 @@ class DaemonNode:
             self._settle(future, None)
 
     @staticmethod
-    def _settle(future: Future[Any] | None, result: object) -> None:
+    def _settle(future: Future[Any] | None, result: object) -> bool:
         """Set a result, if anybody still waits for it."""
         try:
             if future is not None:
                 future.set_result(result)
+                return True
         except InvalidStateError:
             pass
+        return False
 
 
 def _read(connection: socket.socket, limit: int) -> bytes:
