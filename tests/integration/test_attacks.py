@@ -121,6 +121,7 @@ class Hostile:
         self._writing = trio.Lock()
         self.heard: list[Any] = []
         self.address = ""
+        self.machine = socket.gethostname()  # where it says that it is
 
     def __enter__(self) -> Hostile:
         self._thread.start()
@@ -154,7 +155,7 @@ class Hostile:
                 dialled=dialled,
                 nonce=os.urandom(32),
             )
-            await stream.write(pack(Introduce([self.listens], socket.gethostname(), [], 2**23, False)) + pack(Ready(1)))
+            await stream.write(pack(Introduce([self.listens], self.machine, [], 2**23, False)) + pack(Ready(1)))
             self._streams.append(stream)
             while True:
                 message = unpack(await read_frame(stream, 10_000_000))

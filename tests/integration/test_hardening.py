@@ -52,6 +52,8 @@ from httpx_p2pcache.node.protocol import (
     Inventory,
     Nothing,
     Ping,
+    Publish,
+    Push,
     Ready,
     TellCounts,
     Wait,
@@ -453,3 +455,22 @@ def test_no_frame_overtakes_the_one_that_a_process_attaches_by(tmp_path: Path, m
 
 if __name__ == "__main__":
     flood(sys.argv[1], sys.argv[2])
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_what_is_at_a_host_of_this_machine_is_neither_asked_for_nor_told_elsewhere(
+    start: Start, secret: str, origin: Origin, here: bool
+) -> None:
+    """``localhost`` is another one there: who is there could only reject it, and see what is not for it."""
+    member = Hostile(secret)
+    member.machine = member.machine if here else "elsewhere"
+    with member:
+        runner = start("a", bootstrap_peers=(member.address,))
+        assert eventually(lambda: runner.stat("connected_peers") == 1)
+        member.say(Ping(1))
+        assert eventually(lambda: said_done(member, 1))  # so it is known where it is
+        all_right(runner, origin, TARGETS)
+        assert origin.calls
+        runner.client.close()  # what is to be told has been told
+        told = [message for message in member.heard if isinstance(message, (Ask, Publish, Push))]
+        assert bool(told) == here

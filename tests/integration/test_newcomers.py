@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import stat
@@ -366,3 +367,10 @@ def test_a_call_that_reaches_nobody_is_not_counted(local: Settings) -> None:
         with pytest.raises(httpx.ConnectError):
             client.get(f"http://127.0.0.1:{closed.getsockname()[1]}/x")
         assert transport.stats()["origin_calls"] == 0
+
+
+def test_a_command_runs_without_standard_output(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m httpx_p2pcache.cli stop >&-"
+    environment = os.environ | {"CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

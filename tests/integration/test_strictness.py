@@ -371,6 +371,36 @@ def test_what_the_origin_has_said_otherwise_of_since_is_not_served_stale(
     assert [r.status_code for r in responses] == [200, 200, answer.status, 503]
 
 
+@pytest.mark.parametrize("status", [407, 408, 421, 425, 429])
+def test_what_says_nothing_of_the_resource_takes_nothing_away(
+    status: int, origin: Scripted, settings_for: Callable[..., Settings], client_for: Callable[..., httpx.Client]
+) -> None:
+    old = Answer(b"old", fields={"Cache-Control": "max-age=0", "ETag": '"1"'})
+    origin.script = in_turn(old, Answer(b"?", status), Answer(b"down", 503))
+    client = client_for(settings_for(enable_p2p=False, stale_if_error=60), headers=A)
+    assert [client.get(origin.url).content for _ in range(3)][2] == b"old"
+
+
+def test_what_one_token_is_refused_stays_with_those_who_may_have_it(
+    origin: Scripted, client_for: Callable[..., httpx.Client]
+) -> None:
+    origin.script = in_turn(Answer(b"for all", fields={"Cache-Control": "public, max-age=60"}), Answer(b"?", 401))
+    client = client_for()
+    client.get(origin.url)
+    assert client.get(origin.url, headers={**B, "Cache-Control": "no-cache"}).status_code == 401
+    assert caching(client.get(origin.url)) == HIT
+
+
+def test_a_date_ahead_of_time_does_not_hide_what_comes_later(
+    origin: Scripted, client_for: Callable[..., httpx.Client]
+) -> None:
+    early = Answer(b"old", fields={"Cache-Control": "max-age=0", "Date": 3600.0})
+    late = {"Cache-Control": "max-age=60", "Content-Encoding": "gzip"}
+    origin.script = in_turn(early, Answer(gzip.compress(b"new"), fields=late))
+    client = client_for()
+    assert [client.get(origin.url).content for _ in range(3)] == [b"old", b"new", b"new"]
+
+
 def test_no_part_is_made_of_a_coded_body(origin: Scripted, client_for: Callable[..., httpx.Client]) -> None:
     """RFC 9110 §14.2: a Range may be ignored. Nobody can decode what is cut out of a coded body."""
     coded = {**FRESH, "ETag": '"1"', "Content-Encoding": "gzip"}

@@ -326,3 +326,11 @@ def test_every_setting_is_described_once_with_its_default() -> None:
     assert [row[0] for row in rows] == KNOWN
     assert all(title for _, _, title in rows)
     assert Settings.from_env({name: default for name, default, _ in rows}) == Settings()
+
+
+def test_an_empty_text_in_code_is_what_was_meant() -> None:
+    """Whoever says that there is no secret does not share under the token of the environment."""
+    environment = {"GITHUB_TOKEN": "ghp_0123456789abcdef", "CACHE_SHARED_SECRET": "0123456789abcdef0123"}
+    assert Settings.from_env(environment, shared_secret="").shared_secret == ""
+    with pytest.raises(SettingsError):
+        Settings.from_env(environment, fleet="")
