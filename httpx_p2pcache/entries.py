@@ -13,14 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import os
 import re
-import socket
-import uuid
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
@@ -29,6 +25,7 @@ from hishel import Headers, Request
 from msgspec import Meta
 
 from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.machine import place
 from httpx_p2pcache.settings import Settings
 
 if TYPE_CHECKING:
@@ -65,8 +62,6 @@ CLEAR_FIELDS = frozenset(
     }
 )
 # RFC 9110 §12.5: what is preferred is said by weights, and neither by order nor by case.
-# Names of other machines, or of another view of this one, wherever they are used; and any name without a dot.
-_LOCAL_NAMES = (".localhost", ".local", ".localdomain", "host.docker.internal", "metadata.google.internal")
 _UNORDERED_FIELDS = frozenset({"accept", "accept-charset", "accept-encoding", "accept-language"})
 # Two requests that differ in these ask for different representations, so each has a claim of its own.
 _CLAIM_FIELDS = ("accept", "accept-language", "x-github-api-version")
@@ -115,40 +110,7 @@ def cache_key(url: str) -> bytes:
     A host that is another one on each machine, as ``localhost`` is, has other keys on each: what is there is shared
     among the runners of a machine, and never with another's.
     """
-    return hashlib.sha256(PROTOCOL + b" " + _place(_authority(url)) + url.encode()).digest()
-
-
-def is_local(url: str) -> bool:
-    """Whether its host is another one on each machine."""
-    return bool(_place(_authority(url)))
-
-
-def _authority(url: str) -> str:
-    return url.partition("://")[2].partition("/")[0]
-
-
-@lru_cache(maxsize=1024)
-def _place(authority: str) -> bytes:
-    """Where an authority has its meaning: b"" for everywhere, else what names this machine."""
-    try:
-        host = (urlsplit(f"//{authority}").hostname or "").partition("%")[0].rstrip(".")
-        address = ipaddress.ip_address(host if ":" in host else socket.inet_aton(host))  # also 127.1
-        local = address.is_loopback or address.is_link_local or address.is_unspecified
-    except OSError:  # it is a name
-        local = "." not in host or host.endswith(_LOCAL_NAMES)
-    except ValueError:
-        return b""
-    return _machine() if local else b""
-
-
-@lru_cache
-def _machine() -> bytes:
-    """What tells this machine from others: on Linux its boot and the network that the process is in."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/net')} ".encode()
-    except OSError:
-        return f"{socket.gethostname()} {uuid.getnode()} ".encode()
+    return hashlib.sha256(PROTOCOL + b" " + place(url) + url.encode()).digest()
 
 
 def body_digest(body: bytes) -> bytes:
@@ -395,5 +357,5 @@ def claim_key(request: Request, partition: str) -> bytes:
     Where every identity can use the answer the partition is "", so that the whole fleet waits for one fetch.
     """
     asked = (request.headers.get(name) or ("*/*" if name == "accept" else "") for name in _CLAIM_FIELDS)
-    parts = [_place(_authority(request.url)), request.method, request.url, partition, *asked]
+    parts = [place(request.url), request.method, request.url, partition, *asked]
     return hashlib.sha256(PROTOCOL + b" claim " + repr(parts).encode()).digest()[:16]

@@ -21,7 +21,7 @@ from httpx_p2pcache import parts
 from httpx_p2pcache.answers import Afterwards, Answer, Discard, Effect, Read, Reply, Run, Wait, Way, caching
 from httpx_p2pcache.claims import FLEET_PATIENCE, Granted, Look, Verdict
 from httpx_p2pcache.conditions import combined, opaque, tags_of, viewed
-from httpx_p2pcache.entries import ANONYMOUS, Entry, body_digest, cache_key, claim_key, is_local
+from httpx_p2pcache.entries import ANONYMOUS, Entry, body_digest, cache_key, claim_key
 from httpx_p2pcache.freshness import (
     directives,
     freshened,
@@ -39,6 +39,7 @@ from httpx_p2pcache.freshness import (
 from httpx_p2pcache.github import adopted, endpoint, may_have_grown
 from httpx_p2pcache.keep import Keep
 from httpx_p2pcache.lease import Lease
+from httpx_p2pcache.machine import is_local
 from httpx_p2pcache.network import FleetClaim, Found, Question, may_select
 from httpx_p2pcache.parts import PART
 from httpx_p2pcache.quota import refuses

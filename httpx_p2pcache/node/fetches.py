@@ -11,7 +11,8 @@ import trio
 from libp2p.peer.id import ID
 
 from httpx_p2pcache.claims import CLAIM_LIFE, Verdict
-from httpx_p2pcache.entries import Entry, cache_key, is_local
+from httpx_p2pcache.entries import Entry, cache_key
+from httpx_p2pcache.machine import is_local
 from httpx_p2pcache.network import Question
 from httpx_p2pcache.node.members import Member
 from httpx_p2pcache.node.protocol import Fetching, Publish, Published, Push, Release

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made import KEYRING, URL, a_request, an_entry, few, many
 
-from httpx_p2pcache import entries as module
+from httpx_p2pcache import machine
 from httpx_p2pcache.entries import (
     ANONYMOUS,
     Entry,
@@ -64,10 +64,10 @@ def test_a_cache_key_is_32_bytes_and_names_one_url(a: str, b: str) -> None:
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if this were another machine."""
     with monkeypatch.context() as context:
-        context.setattr(module, "_machine", lambda: b"another machine ")
-        module._place.cache_clear()
+        context.setattr(machine, "_machine", lambda: b"another machine ")
+        machine._place.cache_clear()
         yield
-    module._place.cache_clear()
+    machine._place.cache_clear()
 
 
 THIS_MACHINES = [
@@ -105,9 +105,9 @@ def test_what_another_machine_has_found_at_its_own_localhost_is_rejected() -> No
     url = "http://localhost:3000/x"
     key, sealed = cache_key(url), KEYRING.seal_entry(an_entry(url=url))
     assert KEYRING.open_entry(sealed, key).url == url
-    module._place.cache_clear()
+    machine._place.cache_clear()
     with pytest.MonkeyPatch.context() as here:
-        here.setattr(module, "_machine", lambda: b"this machine ")
+        here.setattr(machine, "_machine", lambda: b"this machine ")
         with pytest.raises(Rejected, match="cache key do not agree"):
             KEYRING.open_entry(sealed, key)
 
