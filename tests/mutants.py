@@ -31,7 +31,7 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
-        "entries.py",
+        "machine.py",
         'return _machine() if local else b""',
         'return b""',
         "unit/test_entries.py::test_a_host_that_is_another_one_on_each_machine_has_other_keys_on_each",

@@ -64,15 +64,20 @@ def get(
     fields = _fields(url, header or [], settings, fresh)
     if not node_socket(settings.dir).exists():  # a node of our own would start for longer than the call takes
         settings = msgspec.structs.replace(settings, enable_p2p=False)
-        # That it is off is our own doing.
-        logging.getLogger("httpx_p2pcache").addFilter(lambda record: "sharing" not in record.getMessage())
+    logger = logging.getLogger("httpx_p2pcache")
+    logger.addFilter(_not_of_sharing)  # that it is off is our own doing
     transport = P2PCacheTransport(settings=settings)
+    logger.removeFilter(_not_of_sharing)
     try:
         with httpx.Client(transport=transport, headers=fields, timeout=timeout, follow_redirects=True) as client:
             failed = _print(client, url, include, paginate)
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         fail(f"{parts.netloc.rpartition('@')[2]}{parts.path}: {type(exc).__name__}: {exc}", 2)
     raise typer.Exit(1 if failed else 0)
+
+
+def _not_of_sharing(record: logging.LogRecord) -> bool:
+    return "sharing" not in record.getMessage()
 
 
 def _fields(url: str, header: list[str], settings: Settings, fresh: bool) -> list[tuple[str, str]]:
