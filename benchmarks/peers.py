@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from httpx_p2pcache import P2PCacheTransport, Settings
 from httpx_p2pcache.testing import Origin, Resource
 
 SIZES = {"2 KB": 2_000, "24 KB": 24_000, "170 KB": 170_000, "5 MB": 5_000_000}
-# A runner, in a process of its own as all are. Told "ours URL" or "bare URL", it asks, with sharing or without, and
-# says how many milliseconds that took, and where it came from; "none URL" is answered where a transport begins, so that
-# it shows what httpx's client takes itself. Told "stats", it says what its transport has counted.
+# A runner, in a process of its own as all are. Told "ours URL ..." or "bare URL ...", it asks for one after another, with
+# sharing or without, and says how many milliseconds each took, and where it came from; "none URL" is answered where a
+# transport begins, so that it shows what httpx's client takes itself. Told "stats", it says what its transport has counted.
 _RUNNER = """
 import json, sys, time, httpx
 from httpx_p2pcache import P2PCacheTransport
@@ -37,14 +37,17 @@ transports = {"ours": transport, "bare": None, "none": nothing}
 clients = {name: httpx.Client(transport=one, timeout=60) for name, one in transports.items()}
 print("ready", flush=True)
 for line in sys.stdin:
-    who, _, url = line.strip().partition(" ")
+    who, *urls = line.split()
     if who == "stats":
         print(json.dumps(transport.stats()), flush=True)
         continue
-    began = time.perf_counter()
-    response = clients[who].get(url)
-    took = (time.perf_counter() - began) * 1000
-    print(json.dumps([took, response.extensions.get("caching", {}).get("source")]), flush=True)
+    found = []
+    for url in urls:
+        began = time.perf_counter()
+        response = clients[who].get(url)
+        took = (time.perf_counter() - began) * 1000
+        found.append([took, response.extensions.get("caching", {}).get("source")])
+    print(json.dumps(found), flush=True)
 """
 
 
@@ -148,8 +151,12 @@ class _Runner:
 
     def ask(self, url: str, who: str = "ours") -> tuple[float, str | None]:
         """How many milliseconds it took, and where it came from; ``who``: "ours", "bare" or "none"."""
-        took, source = self._say(f"{who} {url}")
+        ((took, source),) = self._say(f"{who} {url}")
         return took, source
+
+    def ask_all(self, urls: Sequence[str], who: str) -> list[float]:
+        """The milliseconds of one request after another, as a script makes them."""
+        return [took for took, _ in self._say(f"{who} {' '.join(urls)}")]
 
     def stats(self) -> dict[str, Any]:
         stats: dict[str, Any] = self._say("stats")
@@ -256,18 +263,20 @@ def publishing(counts: tuple[int, ...] = (1, 4, 9), urls: int = 50) -> dict[str,
     return found
 
 
-def misses(rounds: int = 150) -> dict[str, Any]:
-    """A miss at 20 ms, with a peer that has nothing either; in turns with a bare client of the same process."""
-    resources = {f"/{number}": Resource(b"x" * 2000, max_age=600) for number in range(rounds)}
+def misses(rounds: int = 20, at_a_time: int = 10) -> dict[str, Any]:
+    """A miss at 20 ms, with a peer that has nothing either; a few after another, as a script makes them, in turns with
+    a bare client of the same process."""
+    resources = {f"/{number}": Resource(b"x" * 2000, max_age=600) for number in range(rounds * at_a_time)}
     times: dict[str, list[float]] = {"bare": [], "ours": []}
     with Origin(resources, latency=0.02) as origin, _runners() as begin:
         begin()
         runner = begin()
         for who in times:
             runner.ask(origin.url + "/none", who)
-        for path in resources:
+        urls = [origin.url + path for path in resources]
+        for begin_at in range(0, len(urls), at_a_time):
             for who, taken in times.items():
-                taken.append(runner.ask(origin.url + path, who)[0])
+                taken += runner.ask_all(urls[begin_at : begin_at + at_a_time], who)
         assert runner.stats()["connected_peers"] == 1
     bare, ours = (statistics.median(taken) for taken in times.values())
     return {

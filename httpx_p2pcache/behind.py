@@ -14,7 +14,6 @@ MAX_UNWRITTEN = 32 * 1024**2  # bytes that may be unwritten: who brings more wai
 UNWRITTEN_BYTES = 2048  # that one takes beside its body, more or less
 AT_ONCE = 4  # jobs that are done together, for which nobody else has the lock
 BETWEEN_SECONDS = 0.0002  # between two of these
-AWAKE_SECONDS = 0.25  # after the last job in which the thread looks by itself: to be woken costs who adds one
 STOP_SECONDS = 0.5  # that who ends it waits for the thread, which has nothing left to do
 IDLE_SECONDS = 5.0  # after which a thread that has nothing to write ends
 
@@ -42,7 +41,6 @@ class Behind(Generic[Work]):
         self._bytes = 0
         self._keys: Counter[bytes] = Counter()
         self._thread: threading.Thread | None = None
-        self._asleep = False
         self._no_more = threading.Event()  # for the thread of this moment
 
     def __contains__(self, key: bytes) -> bool:
@@ -62,8 +60,7 @@ class Behind(Generic[Work]):
     def begin(self) -> None:
         """Let the thread do what there is."""
         if self._thread is not None and self._thread.is_alive():
-            if self._asleep:
-                self._something.notify()
+            self._something.notify()
             return
         # A daemon, as the node's thread is: what it has not written when the interpreter ends, atexit writes.
         self._no_more = threading.Event()
@@ -88,11 +85,10 @@ class Behind(Generic[Work]):
 
     def _run(self, no_more: threading.Event) -> None:
         """The thread's life: a few jobs at a time, between which others may have the lock."""
-        awake_until = 0.0
         while True:
-            if not self._jobs and (no_more.is_set() or time.monotonic() >= awake_until):
-                with self._lock:
-                    if not self._has_something(no_more):
+            with self._lock:
+                while not self._jobs:
+                    if no_more.is_set() or not (self._something.wait(IDLE_SECONDS) or self._jobs):
                         if self._no_more is no_more:
                             self._thread = None
                         return
@@ -102,19 +98,6 @@ class Behind(Generic[Work]):
                 with self._lock:
                     patient = self._do_some(patient)
                 time.sleep(BETWEEN_SECONDS)  # who waits for the lock would else not have it
-                awake_until = time.monotonic() + AWAKE_SECONDS
-
-    def _has_something(self, no_more: threading.Event) -> bool:
-        """Whether there is something to do; waits for that, but not for ever."""
-        while not self._jobs and not no_more.is_set():
-            self._asleep = True
-            try:
-                woken = self._something.wait(IDLE_SECONDS)
-            finally:
-                self._asleep = False
-            if not woken:
-                break
-        return bool(self._jobs)
 
     def _do_some(self, patient: bool) -> bool:
         jobs = list(itertools.islice(self._jobs, AT_ONCE))
