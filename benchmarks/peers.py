@@ -24,9 +24,10 @@ from httpx_p2pcache import P2PCacheTransport, Settings
 from httpx_p2pcache.testing import Origin, Resource
 
 SIZES = {"2 KB": 2_000, "24 KB": 24_000, "170 KB": 170_000, "5 MB": 5_000_000}
-# A runner, in a process of its own as all are. Told "ours URL ..." or "bare URL ...", it asks for one after another, with
-# sharing or without, and says how many milliseconds each took, and where it came from; "none URL" is answered where a
-# transport begins, so that it shows what httpx's client takes itself. Told "stats", it says what its transport has counted.
+# A runner, in a process of its own as all are. Told "ours URL ..." or "bare URL ...", it asks for one after another,
+# with sharing or without, and says how many milliseconds each took, and where it came from; "none URL" is answered
+# where a transport begins, so that it shows what httpx's client takes itself. Told "stats", it says what its transport
+# has counted.
 _RUNNER = """
 import json, sys, time, httpx
 from httpx_p2pcache import P2PCacheTransport
@@ -190,7 +191,7 @@ def _runners() -> Iterator[Callable[[], _Runner]]:
         yield begin
 
 
-def hits(rounds: int = 30) -> dict[str, Any]:
+def hits(rounds: int = 50) -> dict[str, Any]:
     """What a peer holds, by size; beside it a bare round trip on one long-lived stream."""
     found: dict[str, Any] = {}
     chance = random.Random(1)
@@ -204,7 +205,7 @@ def hits(rounds: int = 30) -> dict[str, Any]:
     nothing: list[float] = []  # what a client takes that asks nobody
     with Origin(resources) as origin, _runners() as begin, _bare_stream() as trip:
         holder = begin()
-        for path in resources:
+        for path in reversed(resources):  # so that its memory, which does not hold all of the largest, holds the small
             holder.ask(origin.url + path)
         # What is published is pushed to all who are there, and they keep it: who asks comes later.
         asker = begin()

@@ -58,7 +58,7 @@ CONDITIONS = frozenset({"if-modified-since", "if-none-match"})
 SPECIAL = FOR_THE_ORIGIN | CONDITIONS | {"cache-control", "content-length", "if-range", "pragma", "range"}
 # Fields of a request that say nothing about which representation is meant, and are not sent to peers.
 _UNSELECTIVE = frozenset({"connection", "content-length", "transfer-encoding", "te"})
-_OF_THE_REQUEST = frozenset({407, 408, 421, 425})  # they say nothing of the resource
+_OF_NO_RESOURCE = frozenset({202, 407, 408, 421, 425})  # not yet; not by this proxy, in this time, here, so early
 _GITHUB_STALE_SECONDS = 86_400.0
 _OPTIONS = CacheOptions(shared=False, supported_methods=list(CACHEABLE))
 
@@ -402,7 +402,7 @@ class Lookup:
         if storable and reply.status != 202 and not _too_large(reply, exchange.settings.max_body_size):
             keep = Keep(self, reply, sent, lease)
         else:
-            if self.request.method == "GET" and reply.status not in _OF_THE_REQUEST and not _failing(reply):
+            if self.request.method == "GET" and _says_what_is_there(reply):
                 # §4.3.3: a full answer says that what we hold is none any more; a refusal says it to this identity.
                 refused = reply.status in (401, 403)
                 ours = [s for s in self.held if not refused or s.entry.identity == self.asker.identity]
@@ -611,6 +611,10 @@ class Lookup:
 
 def _lists(headers: Headers) -> dict[str, list[str]]:
     return {name: headers.get_list(name) or [] for name in headers}
+
+
+def _says_what_is_there(reply: Reply) -> bool:
+    return reply.status < 500 and reply.status not in _OF_NO_RESOURCE and not refuses(reply.status, reply.headers)
 
 
 def _failing(reply: Reply) -> bool:

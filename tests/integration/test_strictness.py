@@ -371,7 +371,7 @@ def test_what_the_origin_has_said_otherwise_of_since_is_not_served_stale(
     assert [r.status_code for r in responses] == [200, 200, answer.status, 503]
 
 
-@pytest.mark.parametrize("status", [407, 408, 421, 425, 429])
+@pytest.mark.parametrize("status", [202, 407, 408, 421, 425, 429])
 def test_what_says_nothing_of_the_resource_takes_nothing_away(
     status: int, origin: Scripted, settings_for: Callable[..., Settings], client_for: Callable[..., httpx.Client]
 ) -> None:
