@@ -133,17 +133,16 @@ class Exchange:
         return self.from_store(best, time.time(), source="local")
 
     def fresh(self, request: hishel.Request, asker: Asker, found: list[Stored]) -> Stored | None:
-        """The latest of ``found`` that a plain request (as :meth:`GitHub.seen`) may have without validation."""
-        now, best, value_of = time.time(), None, self.value_of(request)
+        """The latest of ``found`` that a plain request (as :meth:`GitHub.seen`) selects, if it needs no validation."""
+        best, value_of = None, self.value_of(request)
         for stored in found:
             if (
-                stored.fresh(now)
+                (best is None or stored.made > best.made)
                 and self.may_use(stored, asker)
                 and stored.matches(request.method, value_of)
-                and (best is None or stored.made > best.made)
             ):
                 best = stored
-        return best
+        return best if best is not None and best.fresh(time.time()) else None
 
     def way(
         self, request: hishel.Request, caller: Hashable, patience: float | None, *, background: bool = False
@@ -175,7 +174,9 @@ class Exchange:
         sent, key = time.time(), cache_key(request.url)
         try:
             answer = yield from self.pass_by(request, "method")
-        except Exception as exc:
+        except GeneratorExit:
+            raise
+        except BaseException as exc:  # a cancellation as well
             if request.method not in _SAFE and type(exc).__name__ not in _NEVER_SENT:  # it may have been done
                 yield from self._invalidate([key])
             raise

@@ -557,6 +557,8 @@ class Lookup:
             age = stored.entry.age(now)
             if must_not_be_stale(stored.entry) or age - stored.fresh_for > self._stale_allowance(stored):
                 continue
+            if exchange.store.refused(self.key, self.asker.identity, stored.entry.received):
+                continue
             exchange.stats.add("stale_served", endpoint=endpoint(self.request.method, self.request.url))
             parts = urlsplit(self.request.url)
             logger.warning("%s%s: served stale, %d s old, because of %s", parts.netloc, parts.path, age, cause)

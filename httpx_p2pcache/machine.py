@@ -14,6 +14,9 @@ from urllib.parse import urlsplit
 _NAMES = (".localhost", ".local", ".localdomain", "host.docker.internal", "metadata.google.internal")
 
 
+_METADATA = ("100.100.100.200", "fd00:ec2::254")  # of clouds whose address for it is not link-local
+
+
 def place(url: str) -> bytes:
     """Where the host of a URL is the same one: b"" for everywhere, else the name of this machine."""
     return _place(url.partition("://")[2].partition("/")[0])
@@ -29,7 +32,8 @@ def _place(authority: str) -> bytes:
     try:
         host = (urlsplit(f"//{authority}").hostname or "").partition("%")[0].rstrip(".")
         address = ipaddress.ip_address(host if ":" in host else socket.inet_aton(host))  # also 127.1
-        local = address.is_loopback or address.is_link_local or address.is_unspecified
+        address = getattr(address, "ipv4_mapped", None) or address
+        local = address.is_loopback or address.is_link_local or address.is_unspecified or str(address) in _METADATA
     except OSError:  # it is a name
         local = "." not in host or host.endswith(_NAMES)
     except ValueError:

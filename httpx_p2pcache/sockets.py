@@ -41,15 +41,20 @@ def ours(connection: socket.socket) -> bool:
     return uid == os.getuid()
 
 
+def open_to_us_alone(directory: Path) -> None:
+    """Make a directory for sockets if there is none. Raises OSError for one in which others could put theirs."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{directory} is not a directory that only this user can write: set CACHE_DIR")
+
+
 def listen(path: Path) -> socket.socket:
     """A listening socket at ``path`` with mode 0600, in the place of one that a dead process has left.
 
     The caller holds the daemon's lock, so nobody else listens there. Raises OSError.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.parent.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionError(f"{path.parent} is not a directory that only this user can write")
+    open_to_us_alone(path.parent)
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise FileExistsError(f"{path} exists, and is no socket")

@@ -28,6 +28,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import InvalidStateError
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import hishel
 import msgspec
@@ -199,11 +200,15 @@ class _Sharing:
 
     def hidden(self, request: hishel.Request) -> hishel.Request:
         """The request as it is stored: with its credentials sealed."""
-        return self._with_credentials(request, self._seal)
+        hidden = self._with_credentials(request, self._seal)
+        if carries_credentials(request.url) or "@" in urlsplit(request.url).netloc:
+            hidden = dataclasses.replace(hidden, url=self._seal(request.url))
+        return hidden
 
     def shown(self, entry: hishel.Entry) -> hishel.Entry:
         """A stored entry with its request as it was sent."""
-        entry.request = self._with_credentials(entry.request, self._opened)
+        shown = self._with_credentials(entry.request, self._opened)
+        entry.request = dataclasses.replace(shown, url=self._opened(shown.url))
         return entry
 
     @staticmethod

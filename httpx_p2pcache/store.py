@@ -213,6 +213,10 @@ class Store:
         """``entry`` as if it were stored in the place of ``stored``: for one answer."""
         return self._prepared(entry, stored.id)
 
+    def refused(self, key: bytes, identity: str, since: float) -> bool:
+        """Whether the origin has refused an identity after ``since``, as far as this process knows; touches no disk."""
+        return self._tombstones.void(key, identity, since)
+
     def written(self, key: bytes, since: float) -> bool:
         """Whether a key was written to after ``since``, as any process of the runner knows."""
         with self._lock:

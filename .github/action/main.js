@@ -63,6 +63,7 @@ function main () {
   setOutput('artifact', status.artifact || '')
   setOutput('artifact_path', note)
   if (input('gh') === 'true') routeGh(status.door)
+  if (!status.p2p_enabled) warn(`nothing is shared: ${status.off_because || 'p2pcache verify says why'}`)
   const who = status.p2p_enabled ? `sharing as ${status.peer_id} with ${status.connected_peers} peers` : 'a cache for this job alone'
   say(`${who}; the door is ${status.door}`)
 }

@@ -17,7 +17,7 @@ httpx-p2pcache is installed (pip install 'httpx-p2pcache[p2p,cli]') and CACHE_SH
 the daemon that it starts serves every later step of the job.
 
 Variables: CACHE_LISTEN_PORT (9100), CACHE_PEER_REGISTRY ($RUNNER_TEMP/p2p_peers), CACHE_SHARED_SECRET, PYTHON (python3).
-Exit status: 0 done; 1 it could not be done; 2 wrong usage, or values that cannot be used.
+Exit status: 0 done; 1 it could not be done; 2 wrong usage.
 HELP
 }
 
@@ -65,7 +65,7 @@ init() {
   if [ -n "$peer_id" ]; then
     say "this runner shares as $multiaddr"
   else
-    say "this runner does not share: set CACHE_SHARED_SECRET; p2pcache verify says what else there may be"
+    say "this runner does not share: $(p2pcache status 2> /dev/null | sed -n 's/^sharing: *//p')"
   fi
 }
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+from pathlib import Path
 
 
 def main() -> None:
     """What the console script calls."""
+    if sys.stdout is None:  # it is closed
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the end
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path or a name may have letters that it cannot write
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

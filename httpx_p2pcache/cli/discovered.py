@@ -63,6 +63,12 @@ def register(settings: Settings, peer_id: str, port: int, ip: str) -> str:
 _ADDRESS = re.compile(r"/(?:ip4|ip6|dns|dns4|dns6|dnsaddr)/[A-Za-z0-9.:_%-]+(?:/tcp/\d{1,5})?")
 
 
+def is_peer(text: str) -> bool:
+    """Whether ``text`` is a multiaddr of a peer, with or without its peer ID."""
+    address, named, peer_id = text.rpartition("/p2p/")
+    return bool(_ADDRESS.fullmatch(address if named else text)) and (not named or _is_peer_id(peer_id))
+
+
 def _is_peer_id(text: str) -> bool:
     """Whether ``text`` is a peer ID: the base58 of a multihash."""
     try:

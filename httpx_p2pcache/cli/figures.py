@@ -36,6 +36,8 @@ def stats(
 
     Each figure is defined in docs/statistics.md. Exit status 0; 1: --fleet without a daemon.
     """
+    if fleet and since is not None:
+        raise typer.BadParameter("members tell what they have counted since their nodes began", param_hint="--since")
     settings = settings_or_exit()
     ledger = Ledger(settings.dir)
 

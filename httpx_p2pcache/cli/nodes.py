@@ -13,7 +13,9 @@ from httpx_p2pcache.daemon import life
 
 app = typer.Typer()
 
-Idle = Annotated[float, typer.Option(min=0, help="Seconds without use after which it ends by itself; 0: never.")]
+Idle = Annotated[
+    float, typer.Option(min=0, max=31_536_000, help="Seconds without use after which it ends by itself; 0: never.")
+]
 Port = Annotated[
     Optional[int],  # noqa: UP045 - Typer reads it on Python 3.10 as well
     typer.Option(min=0, max=65535, help="Open the door on this loopback port as well; 0: any free one."),
@@ -48,6 +50,8 @@ def init(
         return
     print("the daemon runs" if started else "the daemon was running already")
     _show_status(status)
+    if not started and not status["p2p_enabled"]:
+        print("once that is mended: p2pcache stop, then p2pcache init")
 
 
 @app.command()

@@ -17,10 +17,13 @@ from typing import Any
 import msgspec
 import typer
 
+from httpx_p2pcache.cli.discovered import is_peer
 from httpx_p2pcache.cli.show import Json, print_json
 from httpx_p2pcache.daemon import life
 from httpx_p2pcache.exceptions import SettingsError
+from httpx_p2pcache.files import private_directory
 from httpx_p2pcache.settings import ADVICE, Settings, can_be_guessed
+from httpx_p2pcache.sockets import door_socket, open_to_us_alone
 
 app = typer.Typer()
 
@@ -73,8 +76,17 @@ def _checks() -> Iterator[Check]:
     if not settings.enable_p2p or settings.node == "none":
         yield Check("sharing", False, "is off: set CACHE_ENABLE_P2P=true, and not CACHE_NODE=none")
     yield _libp2p()
-    yield from _directory("store", settings.dir, "CACHE_DIR")
-    yield from _directory("registry", settings.peer_registry or settings.dir / "peers", "CACHE_PEER_REGISTRY")
+    store = _directory("store", settings.dir, "CACHE_DIR")
+    yield store
+    try:
+        if store.right:
+            open_to_us_alone(door_socket(settings.dir).parent)
+    except OSError as exc:
+        yield Check("sockets", False, f"no daemon can listen: {exc}")
+    for text in settings.bootstrap_peers:
+        if not is_peer(text):
+            yield Check("bootstrap", False, f"{text!r} in CACHE_BOOTSTRAP_PEERS is not a peer's multiaddr")
+    yield _directory("registry", settings.peer_registry or settings.dir / "peers", "CACHE_PEER_REGISTRY")
     status = life.Remote(settings.dir).get("/status")
     if status is not None:
         yield _daemon(settings, status)
@@ -105,15 +117,14 @@ def _libp2p() -> Check:
         return Check("libp2p", False, "is not installed: pip install 'httpx-p2pcache[p2p]'")
 
 
-def _directory(about: str, path: Path, variable: str) -> Iterator[Check]:
+def _directory(about: str, path: Path, variable: str) -> Check:
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_directory(path)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as exc:
-        yield Check(about, False, f"{path} cannot be written ({exc.strerror}): set {variable}")
-    else:
-        yield Check(about, True, f"{path} can be written")
+        return Check(about, False, f"{path} cannot be written ({exc.strerror}): set {variable}")
+    return Check(about, True, f"{path} can be written")
 
 
 def _daemon(settings: Settings, status: dict[str, Any]) -> Check:
@@ -127,7 +138,8 @@ def _daemon(settings: Settings, status: dict[str, Any]) -> Check:
 
 def _port(settings: Settings, status: dict[str, Any] | None) -> Check:
     if status is not None:
-        return Check("port", True, f"the daemon listens on {', '.join(status['addresses']) or 'none yet'}")
+        addresses = status["addresses"]
+        return Check("port", True if addresses else None, f"the daemon listens on {', '.join(addresses) or 'none'}")
     family = socket.AF_INET6 if ":" in settings.listen_host else socket.AF_INET
     try:
         with socket.socket(family) as probe:

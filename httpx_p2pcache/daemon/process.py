@@ -41,7 +41,7 @@ def run(settings: Settings, *, idle: float, port: int | None, ready: Callable[[s
 
 class _Daemon:
     def __init__(self, settings: Settings, idle: float, port: int | None, ready: Callable[[str], None]) -> None:
-        self._settings = msgspec.structs.replace(settings, node="embedded")
+        self._settings = msgspec.structs.replace(settings, node="none" if settings.node == "none" else "embedded")
         self._idle, self._port, self._ready = idle, port, ready
         self._token = secrets.token_urlsafe(18)
         self._urls: dict[int, str] = {}

@@ -29,6 +29,7 @@ class _Fetch(NamedTuple):
     id: int
     ends: float
     granter: ID
+    local: bool  # it is at a host of this machine
 
 
 class Fetches:
@@ -43,7 +44,9 @@ class Fetches:
 
     def granted(self, question: Question, id_: int, granter: ID) -> None:
         """The claim of a question is ours."""
-        self._fetching[question.claim] = _Fetch(question.key, id_, trio.current_time() + self._life, granter)
+        self._fetching[question.claim] = _Fetch(
+            question.key, id_, trio.current_time() + self._life, granter, question.local
+        )
 
     async def release(self, claim: bytes, key: bytes, id_: int, verdict: Verdict) -> None:
         """This node's claim has ended without an entry: told to who granted it, and to who is the home by now."""
@@ -51,7 +54,7 @@ class Fetches:
         self._fleet.home.ended(claim, id_, verdict)
         granter = None if held is None else self._fleet.members.get(held.granter)
         try:
-            home = await self._fleet.homes.of(key)
+            home = await self._fleet.homes.of(key, local=held is not None and held.local)
         except OSError:
             home = None
         for member in {m.peer_id: m for m in (home, granter) if m is not None}.values():
@@ -68,18 +71,19 @@ class Fetches:
         """
         held = self._fetching.pop(claim, None)
         self._fleet.home.ended(claim, None, Verdict.PUBLISHED)
-        if not self._fleet.members or (is_local(entry.url) and not self._fleet.on_one_machine()):
+        if not self._fleet.members:
             return
-        key = cache_key(entry.url)
+        key, local = cache_key(entry.url), is_local(entry.url)
         parcel = Parcel(entry, refreshed=refreshed)
         self._publishing += 1
         try:
-            served, known = await self._publish_at_home(key, claim, parcel)
+            served, known = await self._publish_at_home(key, claim, parcel, local)
             # In a large fleet it is pulled from the home; only who has granted the claim as well is not left waiting.
             everybody = widely and not known and not self._fleet.large
             async with trio.open_nursery() as nursery:
                 for member in list(self._fleet.members.values()):
                     concerned = everybody or (held is not None and member.peer_id == held.granter)
+                    concerned = concerned and (member.here or not local)
                     if concerned and member.peer_id.to_bytes() not in served and len(entry.body) <= member.takes:
                         nursery.start_soon(self._push, member, key, claim, parcel)
         finally:
@@ -88,9 +92,9 @@ class Fetches:
                 self._all_published.set()
                 self._all_published = trio.Event()
 
-    async def _publish_at_home(self, key: bytes, claim: bytes, parcel: Parcel) -> tuple[set[bytes], bool]:
+    async def _publish_at_home(self, key: bytes, claim: bytes, parcel: Parcel, local: bool) -> tuple[set[bytes], bool]:
         try:
-            home = await self._fleet.homes.of(key)
+            home = await self._fleet.homes.of(key, local=local)
         except OSError:
             return set(), False
         if home is None or len(parcel.entry.body) > home.takes:
@@ -138,13 +142,13 @@ class Fetches:
         for claim, held in self._fetching.items():
             if held.granter != peer_id or held.ends <= now:
                 continue
-            if self._fleet.homes.now(held.key) == self._fleet.host.id:
+            if self._fleet.homes.now(held.key, local=held.local) == self._fleet.host.id:
                 self._fleet.home.adopt(self._fleet.host.id, [(claim, held.id, held.ends - now)])
             else:
                 self._fleet.spawn(self._tell_new_home, claim, held)
 
     async def _tell_new_home(self, claim: bytes, held: _Fetch) -> None:
-        home = await self._fleet.homes.of(held.key)
+        home = await self._fleet.homes.of(held.key, local=held.local)
         left = held.ends - trio.current_time()
         if home is not None and left > 0:
             await home.send(Fetching([(claim, held.id, left)]))

@@ -8,6 +8,7 @@ served, and in :meth:`Fleet.spawn`; it is counted, logged at debug, and nobody e
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -152,10 +153,6 @@ class Fleet:
         told = [self.counts, *(one for m in list(self.members.values()) for one in list(m.counts.values()))]
         # A runner without a daemon may have several nodes, of which each tells what all its processes have counted.
         return {one.runner: one.counts for one in sorted(told, key=lambda t: t.counts.get("requests", 0)) if one.runner}
-
-    def on_one_machine(self) -> bool:
-        """Whether all members are on this machine, as far as they say: others can do nothing with its own hosts."""
-        return all(member.here for member in self.members.values())
 
     def spawn(self, func: Callable[..., Awaitable[None]], *args: Any) -> None:
         """Run ``func`` in the background; if it fails that costs its own purpose and nothing else."""
@@ -473,8 +470,9 @@ class Fleet:
     async def _go_on(self, member: Member, lost: Link) -> None:
         """A member has another link: each tells the other there what it is fetching for it. The rest was lost."""
         fetching = self.fetches.fetching()
-        if fetching:
-            await member.send(Fetching(fetching))
+        with contextlib.suppress(OSError):
+            if fetching:
+                await member.send(Fetching(fetching))
         await trio.sleep(self.settings.lookup_timeout / 2)
         self.home.parted(lost)
 

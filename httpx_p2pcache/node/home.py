@@ -201,8 +201,9 @@ class Home:
                 self._fleet.spawn(self._deliver, link, call, question, tidings)
 
         holder = self._claims.holder(question.claim)
-        if holder is not None and holder.link is not None and holder.link.closed.is_set():
-            self.parted(holder.link)  # it has not heard that it may fetch, or asks again
+        lost = None if holder is None or holder.peer_id != link.peer_id else holder.link
+        if lost is not None and lost.closed.is_set():
+            self.parted(lost)  # it asks again, so it has not heard that it may fetch
         answer = self._claims.ask(question.claim, Asker(link.peer_id, call, tell, link), trio.current_time())
         if isinstance(answer, Pending):
             return Wait(call)
@@ -332,8 +333,9 @@ class Home:
     def adopt(self, peer_id: ID, fetching: list[tuple[bytes, int, float]]) -> None:
         """A node fetches these (claim key, id, seconds left), as another home has granted."""
         for claim, id_, left in fetching:
-            ends = trio.current_time() + min(left, self._life)
-            self._claims.adopt(claim, Asker(peer_id, 0, _nobody), ends, id_)
+            holder, ends = self._claims.holder(claim), trio.current_time() + min(left, self._life)
+            if holder is None or holder.peer_id == peer_id:
+                self._claims.adopt(claim, Asker(peer_id, 0, _nobody), ends, id_)
 
     def _tell(self, told: Told[Asker]) -> None:
         for _, asker, tidings in told:

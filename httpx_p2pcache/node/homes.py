@@ -68,11 +68,14 @@ class Homes:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
-    def now(self, key: bytes) -> ID:
-        """Who is home to ``key``, in a large fleet perhaps somebody we are not connected to."""
+    def now(self, key: bytes, *, local: bool = False) -> ID:
+        """Who is home to ``key``, in a large fleet perhaps somebody we are not connected to.
+
+        ``local``: of what is at a host of this machine, which only members here can make sense of.
+        """
         fleet = self._fleet
-        unreached = {m.peer_id: m.unreached for m in fleet.members.values() if m.usable()}
-        if fleet.large:  # who is no member is dialled once it is asked
+        unreached = {m.peer_id: m.unreached for m in fleet.members.values() if m.usable() and (m.here or not local)}
+        if fleet.large and not local:  # who is no member is dialled once it is asked
             known = {p: unreached.get(p, 0) for p in fleet.core if p in unreached or p not in fleet.members}
             known.pop(fleet.host.id, None)
             # The hub of a large fleet behind NAT need not be of its core.
@@ -81,14 +84,14 @@ class Homes:
             unreached = known
         return home_among({**unreached, fleet.host.id: fleet.unreached}, key)
 
-    async def of(self, key: bytes) -> Member | None:
-        """The member that is home to ``key``, if need be connected to first; None if it is this node.
+    async def of(self, key: bytes, *, local: bool = False) -> Member | None:
+        """The member that is home to ``key``, if need be connected to first; None if it is this node. As :meth:`now`.
 
         Raises OSError if it is not reached in time, and that its place is another's then.
         """
         fleet = self._fleet
         for _ in range(MAX_HOMES):
-            home = self.now(key)
+            home = self.now(key, local=local)
             if home == fleet.host.id:
                 return None
             if home not in fleet.members:

@@ -70,9 +70,6 @@ class Questions:
     def ask(self, asked: network.Question, future: Asked) -> None:
         """Answer ``future`` as :class:`network.PeerNetwork` promises."""
         question = _Question(self, asked, future)
-        if asked.local and not self._fleet.on_one_machine():
-            self._resolve(question, Unclaimed())
-            return
         try:
             put = self._fleet.is_settled() and self._put_at_once(question)
         except Exception:  # the task meets the same, and says so
@@ -86,7 +83,7 @@ class Questions:
     def _put_at_once(self, question: _Question) -> bool:
         """Whether a question could be put where it belongs, or answered, without waiting for anybody."""
         fleet, asked = self._fleet, question.asked
-        home = fleet.homes.now(asked.key)
+        home = fleet.homes.now(asked.key, local=asked.local)
         if home != fleet.host.id:
             member = fleet.members.get(home)
             return member is not None and member.usable() and self._sent_at_once(question, member)
@@ -120,7 +117,7 @@ class Questions:
                 await fleet.settled(fleet.settings.lookup_timeout / 4)
             if question.homes >= MAX_HOMES:
                 raise OSError("one home after another was lost")
-            home = await fleet.homes.of(question.asked.key)
+            home = await fleet.homes.of(question.asked.key, local=question.asked.local)
             if home is None:
                 self._ask_here(question, await fleet.home.find(question.asked))
                 return

@@ -287,7 +287,9 @@ def test_no_token_secret_or_query_is_printed(fleet: tuple[Runner, Runner], origi
 
 def test_what_a_peer_says_of_itself_does_not_command_the_terminal(tmp_path: Path) -> None:
     ours, theirs = (Runner(tmp_path / name, tmp_path / "registry") for name in "ab")
-    theirs.environment["CACHE_ANNOUNCE_ADDRS"] = "/ip4/127.0.0.1/tcp/1/\x1b[2J,/ip4/127.0.0.1/tcp/1/x\nfalse,/ip4/[/]/x"
+    theirs.environment["CACHE_ANNOUNCE_ADDRS"] = (
+        "/ip4/127.0.0.1/tcp/1/\x1b[2J,/ip4/127.0.0.1/tcp/1/x\nfalse,/dns4/[/tcp/1/]"
+    )
     try:
         ours.p2pcache("init")
         theirs.p2pcache("init")

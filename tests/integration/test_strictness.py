@@ -371,6 +371,51 @@ def test_what_the_origin_has_said_otherwise_of_since_is_not_served_stale(
     assert [r.status_code for r in responses] == [200, 200, answer.status, 503]
 
 
+def test_who_has_seen_something_newer_is_not_given_what_is_older_for_all(
+    origin: Scripted, client_for: Callable[..., httpx.Client]
+) -> None:
+    old = Answer(b"old", fields={"Cache-Control": "public, max-age=600", "Date": -60.0})
+    new = Answer(b"new", fields={"Cache-Control": "private, max-age=0", "ETag": '"2"'})
+    origin.script = in_turn(old, new, Answer(b"newer", fields={"Cache-Control": "private, max-age=0"}))
+    client = client_for()
+    client.get(origin.url, headers=A)
+    assert client.get(origin.url, headers={**B, "Cache-Control": "no-cache"}).content == b"new"
+    assert client.get(origin.url, headers=B).content == b"newer"
+
+
+def test_who_is_refused_is_not_served_what_others_have_when_the_origin_fails(
+    origin: Scripted, client_for: Callable[..., httpx.Client]
+) -> None:
+    public = Answer(b"old", fields={"Cache-Control": "public, max-age=0, stale-if-error=600", "ETag": '"1"'})
+    origin.script = in_turn(public, Answer(b"?", 403), Answer(b"down", 503), Answer(b"down", 503))
+    client = client_for()
+    asked = [client.get(origin.url, headers=fields).content for fields in (A, B, B, A)]
+    assert asked == [b"old", b"?", b"down", b"old"]
+
+
+@pytest.mark.anyio
+async def test_a_write_that_is_cancelled_may_have_been_done(origin: Scripted, local: Settings) -> None:
+    came, never = threading.Event(), threading.Event()
+
+    def script(asked: Asked) -> Answer:
+        if asked.method == "GET":
+            return Answer(b"thing", fields=FRESH)
+        came.set()
+        never.wait(PROMPT)
+        return Answer(b"late")
+
+    origin.script = script
+    async with async_client(local) as client:
+        await client.get(origin.url)
+        assert caching(await client.get(origin.url)) == HIT
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(client.patch, origin.url)
+            await anyio.to_thread.run_sync(came.wait)
+            tasks.cancel_scope.cancel()
+        never.set()
+        assert caching(await client.get(origin.url)) == STORED
+
+
 @pytest.mark.parametrize("status", [202, 407, 408, 421, 425, 429])
 def test_what_says_nothing_of_the_resource_takes_nothing_away(
     status: int, origin: Scripted, settings_for: Callable[..., Settings], client_for: Callable[..., httpx.Client]

@@ -79,6 +79,8 @@ THIS_MACHINES = [
     "http://0.0.0.0/x",
     "http://169.254.169.254/latest/meta-data/",
     "http://[fe80::1%25eth0]/x",
+    "http://[::ffff:127.0.0.1]/x",
+    "http://[fd00:ec2::254]/x",
     "http://metadata.google.internal/x",
     "http://redis:6379/x",
     "http://printer.local./x",
