@@ -74,6 +74,7 @@ class Homes:
         ``local``: of what is at a host of this machine, which only members here can make sense of.
         """
         fleet = self._fleet
+        local = local and not all(member.here for member in fleet.members.values())
         unreached = {m.peer_id: m.unreached for m in fleet.members.values() if m.usable() and (m.here or not local)}
         if fleet.large and not local:  # who is no member is dialled once it is asked
             known = {p: unreached.get(p, 0) for p in fleet.core if p in unreached or p not in fleet.members}

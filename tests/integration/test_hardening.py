@@ -474,3 +474,19 @@ def test_what_is_at_a_host_of_this_machine_is_neither_asked_for_nor_told_elsewhe
         runner.client.close()  # what is to be told has been told
         told = [message for message in member.heard if isinstance(message, (Ask, Publish, Push))]
         assert bool(told) == here
+
+
+def test_runners_of_one_machine_share_what_is_there_though_a_member_is_elsewhere(
+    start: Start, secret: str, origin: Origin
+) -> None:
+    member = Hostile(secret)
+    member.machine = "elsewhere"
+    with member:
+        first, second = (start(name, bootstrap_peers=(member.address,)) for name in "ab")
+        assert eventually(lambda: first.stat("connected_peers") == 2 == second.stat("connected_peers"))
+        member.say(Ping(1))
+        assert eventually(lambda: said_done(member, 1))
+        all_right(first, origin, TARGETS)
+        paid = len(origin.calls)
+        all_right(second, origin, TARGETS)
+        assert (paid, len(origin.calls)) == (len(TARGETS), len(TARGETS))
