@@ -297,9 +297,9 @@ MUTANTS = [
     ),
     Mutant(
         "lookup.py",
-        "theirs == {opaque(ours)} or (",
-        "True or (",
-        f"{CONFORMANCE}[a 304 without a tag is about the caller's copy, unless the caller's tags are ours (4.3.4)]",
+        'and sent != theirs and "etag" not in reply.headers',
+        "and False",
+        f"{STRICT}::test_a_304_without_a_tag_to_the_caller_s_tag_and_ours_does_not_say_that_the_caller_s_is_right",
     ),
     Mutant(
         "origins.py",

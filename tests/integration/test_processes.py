@@ -234,6 +234,7 @@ def test_a_frozen_process_fails_no_request_and_delays_none_is_let_go_and_comes_b
     answers = [awake.get(target) for target in TARGETS[:25]]
     assert max(answer["seconds"] for answer in answers) < PROMPT
     assert len(origin.calls) == 25
+    assert awake.stat("peer_timeouts") <= 2, "it was asked again though it had not answered"
     assert eventually(lambda: awake.stat("connected_peers") == 0)
     frozen.signal(signal.SIGCONT)
     met(awake, frozen)
