@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated, NamedTuple
-from urllib.parse import urljoin, urlsplit, urlunsplit
+from urllib.parse import SplitResult, urljoin, urlsplit, urlunsplit
 
 import msgspec
 from hishel import Headers, Request
@@ -26,7 +26,7 @@ from msgspec import Meta
 
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.machine import place
-from httpx_p2pcache.settings import Settings
+from httpx_p2pcache.settings import DEFAULT_PORTS, Settings
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -129,15 +129,22 @@ def is_credential(field: str) -> bool:
     return _CREDENTIAL_NAME.search(field) is not None
 
 
+def authority(parts: SplitResult) -> str:
+    """A URL's authority as clients write it: in lower case, no port that is the scheme's own. Raises ValueError."""
+    written = parts.netloc.lower()
+    if parts.port is not None and parts.port == DEFAULT_PORTS.get(parts.scheme):
+        return written.rpartition(":")[0]
+    return written
+
+
 def same_origin(a: str, b: str) -> bool:
     """RFC 9110 §4.3.1: scheme, host and port agree."""
     try:
         x, y = urlsplit(a), urlsplit(b)
-        ports = {"http": 80, "https": 443}
-        return (x.scheme, x.hostname, x.port or ports.get(x.scheme)) == (
+        return (x.scheme, x.hostname, x.port or DEFAULT_PORTS.get(x.scheme)) == (
             y.scheme,
             y.hostname,
-            y.port or ports.get(y.scheme),
+            y.port or DEFAULT_PORTS.get(y.scheme),
         )
     except ValueError:  # no URL, or a port that is none
         return False
@@ -165,10 +172,7 @@ def resolved_url(base: str, reference: str) -> str:
     """
     try:
         parts = urlsplit(urljoin(base, reference.strip()))
-        authority = parts.netloc.lower()
-        if parts.port is not None and parts.port == {"http": 80, "https": 443}.get(parts.scheme):
-            authority = authority.rpartition(":")[0]
-        return urlunsplit((parts.scheme, authority, parts.path or "/", parts.query, ""))
+        return urlunsplit((parts.scheme, authority(parts), parts.path or "/", parts.query, ""))
     except ValueError:
         return ""
 

@@ -12,8 +12,6 @@ from urllib.parse import urlsplit
 
 # Beside these any name without a dot: it has its meaning where it is used.
 _NAMES = (".localhost", ".local", ".localdomain", "host.docker.internal", "metadata.google.internal")
-
-
 _METADATA = ("100.100.100.200", "fd00:ec2::254")  # of clouds whose address for it is not link-local
 
 

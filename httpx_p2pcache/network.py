@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -158,6 +158,17 @@ class PeerNetwork(Protocol):
     def after_fork(self) -> PeerNetwork:
         """In a forked child: let go of what was inherited (sockets); returns the network the child goes on with."""
         ...
+
+
+def settle(future: Future[Any] | None, result: object) -> bool:
+    """Set a result unless there is one, or nobody waits any more; whether it was set."""
+    try:
+        if future is not None:
+            future.set_result(result)
+            return True
+    except InvalidStateError:
+        pass
+    return False
 
 
 def done() -> Future[None]:

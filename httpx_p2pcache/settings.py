@@ -161,7 +161,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for text in self.github_hosts:
             scheme, _, netloc = text.lower().removesuffix("/").rpartition("://")
             scheme = scheme or ("http" if _is_this_machine(netloc) else "https")
-            found[netloc.removesuffix(_DEFAULT_PORTS[scheme])] = scheme
+            found[netloc.removesuffix(f":{DEFAULT_PORTS[scheme]}")] = scheme
         return found
 
     def __repr__(self) -> str:
@@ -176,7 +176,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 SECRETS = ("shared_secret", "previous_secret")
 _MULTIADDR = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/([0-9]{1,5})(?:/(?!p2p/)[^/]+)*")
-_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+DEFAULT_PORTS = {"http": 80, "https": 443}
 ADVICE = "Take 32 random characters, as from `openssl rand -hex 16`."
 
 

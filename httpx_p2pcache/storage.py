@@ -25,7 +25,6 @@ import sqlite3
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import InvalidStateError
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,7 +47,7 @@ from httpx_p2pcache.entries import (
 from httpx_p2pcache.exceptions import ConfigurationError, Rejected
 from httpx_p2pcache.files import private_directory, private_file
 from httpx_p2pcache.freshness import directives, initial_age, lifetime, storable_fields, vary_names
-from httpx_p2pcache.network import Asked, FleetClaim, Found, Question, Unclaimed
+from httpx_p2pcache.network import Asked, FleetClaim, Found, Question, Unclaimed, settle
 from httpx_p2pcache.node.checks import believed
 from httpx_p2pcache.pump import NOT_IN_TIME, async_wait_for, in_thread, wait_for
 from httpx_p2pcache.runner import Usage
@@ -352,8 +351,7 @@ async def _async_iter(chunks: list[bytes]) -> AsyncIterator[bytes]:
 
 def _without_waiting(asked: Asked) -> None:
     """A storage does not wait for what somebody else fetches."""
-    with contextlib.suppress(InvalidStateError):
-        asked.set_result(Unclaimed())
+    settle(asked, Unclaimed())
 
 
 def _carrier(key: str) -> str:

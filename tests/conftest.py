@@ -45,6 +45,12 @@ def settings_for(tmp_path: Path) -> Callable[..., Settings]:
 
 
 @pytest.fixture
+def secret(settings_for: Callable[..., Settings]) -> str:
+    """What the runners of one test share."""
+    return settings_for().shared_secret
+
+
+@pytest.fixture
 def local(settings_for: Callable[..., Settings]) -> Settings:
     """A local cache without peers."""
     return settings_for(enable_p2p=False)

@@ -23,6 +23,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import HTTPHeaderDict, HTTPResponse, Timeout
 
 from httpx_p2pcache.answers import Answer, Reply, Way
+from httpx_p2pcache.entries import authority
 from httpx_p2pcache.keep import Keep
 from httpx_p2pcache.pump import Fields, drive
 from httpx_p2pcache.runner import Usage
@@ -133,9 +134,7 @@ def _asked(request: requests.PreparedRequest) -> hishel.Request:
     if request.body is not None and "content-length" not in fields:
         fields["transfer-encoding"] = ["chunked"]  # as requests will send it
     parts = urlsplit((request.url or "").partition("#")[0])
-    host = parts.netloc.rpartition("@")[2].lower()
-    if parts.port is not None and parts.port == {"http": 80, "https": 443}.get(parts.scheme):
-        host = host.rpartition(":")[0]  # PyGithub writes it, others do not
+    host = authority(parts).rpartition("@")[2]  # PyGithub writes the port, others do not
     target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
     url = f"{parts.scheme}://{host}{target}"
     return hishel.Request(request.method or "GET", url, Headers(fields))

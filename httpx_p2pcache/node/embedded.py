@@ -6,13 +6,13 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Entry, Keyring
 from httpx_p2pcache.imports import import_trio
-from httpx_p2pcache.network import Asked, FleetClaim, NoPeers, PeerNetwork, Question, Unclaimed, done
+from httpx_p2pcache.network import Asked, FleetClaim, NoPeers, PeerNetwork, Question, Unclaimed, done, settle
 from httpx_p2pcache.quota import Quota, QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
@@ -87,7 +87,7 @@ class EmbeddedNode:
             fleet.questions.ask(question, asked)
 
         if not self._soon(begin):
-            _settle(asked, Unclaimed())
+            settle(asked, Unclaimed())
         return asked
 
     def publish(self, entry: Entry, claim: bytes, *, widely: bool, refreshed: bool = False) -> None:
@@ -174,9 +174,9 @@ class EmbeddedNode:
 
     def _give_up(self) -> None:
         """Nobody waits for a node that is gone."""
-        _settle(self._joined, None)
+        settle(self._joined, None)
         for future in list(self._open):
-            _settle(future, Unclaimed())
+            settle(future, Unclaimed())
 
     def _run(self) -> None:
         try:
@@ -220,7 +220,7 @@ class EmbeddedNode:
 
         async def say_joined() -> None:
             await fleet.joined.wait()
-            _settle(self._joined, None)
+            settle(self._joined, None)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(say_joined)
@@ -234,11 +234,3 @@ def _os_error(exc: BaseException) -> OSError | None:
         return exc
     found = (_os_error(one) for one in getattr(exc, "exceptions", ()))
     return next((one for one in found if one is not None), None)
-
-
-def _settle(future: Future[Any], result: object) -> None:
-    """Set a result unless there is one, or nobody waits any more."""
-    try:
-        future.set_result(result)
-    except InvalidStateError:
-        pass

@@ -83,8 +83,8 @@ class Fetches:
             async with trio.open_nursery() as nursery:
                 for member in list(self._fleet.members.values()):
                     concerned = everybody or (held is not None and member.peer_id == held.granter)
-                    concerned = concerned and (member.here or not local)
-                    if concerned and member.peer_id.to_bytes() not in served and len(entry.body) <= member.takes:
+                    can_use_it = (member.here or not local) and len(entry.body) <= member.takes
+                    if concerned and can_use_it and member.peer_id.to_bytes() not in served:
                         nursery.start_soon(self._push, member, key, claim, parcel)
         finally:
             self._publishing -= 1

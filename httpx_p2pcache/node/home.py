@@ -25,7 +25,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,7 +34,7 @@ from libp2p.peer.id import ID
 
 from httpx_p2pcache.claims import CLAIM_LIFE, ClaimTable, Go, Look, Pending, Tidings, Told, Verdict
 from httpx_p2pcache.claims import Granted as ClaimGranted
-from httpx_p2pcache.network import Question
+from httpx_p2pcache.network import Question, settle
 from httpx_p2pcache.node.members import Link, Member
 from httpx_p2pcache.node.protocol import (
     Ask,
@@ -98,10 +98,7 @@ class Home:
         try:
             await self._tell_write(keys, secrets.randbits(63), list(self._fleet.members.values()))
         finally:
-            try:
-                future.set_result(None)
-            except InvalidStateError:  # the writer has gone on already
-                pass
+            settle(future, None)
 
     async def _tell_write(self, keys: list[bytes], id_: int, members: list[Member]) -> None:
         self._writes[id_] = None

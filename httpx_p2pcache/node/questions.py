@@ -10,7 +10,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable
-from concurrent.futures import InvalidStateError
 from typing import TYPE_CHECKING
 
 import trio
@@ -20,7 +19,7 @@ from httpx_p2pcache import network
 from httpx_p2pcache.claims import Granted as ClaimGranted
 from httpx_p2pcache.claims import Look, Pending, Tidings, Verdict
 from httpx_p2pcache.exceptions import Rejected
-from httpx_p2pcache.network import Answer, Asked, FleetClaim, Unclaimed
+from httpx_p2pcache.network import Answer, Asked, FleetClaim, Unclaimed, settle
 from httpx_p2pcache.node.homes import MAX_HOMES
 from httpx_p2pcache.node.members import Link, Member
 from httpx_p2pcache.node.protocol import Answering, Ask, Found, Granted, Wait
@@ -292,13 +291,7 @@ class Questions:
 
     def _resolve(self, question: _Question, answer: Answer) -> None:
         """Set an answer that is not set yet; a claim that nobody waits for any more is given back."""
-        try:
-            if not question.future.done():
-                question.future.set_result(answer)
-                return
-        except InvalidStateError:
-            pass
-        if isinstance(answer, FleetClaim):
+        if not settle(question.future, answer) and isinstance(answer, FleetClaim):
             asked = question.asked
             self._fleet.spawn(self._fleet.fetches.release, asked.claim, asked.key, answer.id, Verdict.ABANDONED)
 

@@ -36,7 +36,7 @@ import trio.testing
 from hishel import Headers
 from libp2p.peer.id import ID
 
-from httpx_p2pcache.answers import Answer, Discard, Effect, Read, Reply, Run, Wait
+from httpx_p2pcache.answers import Answer, Discard, Effect, Read, Reply, Run, Wait, driven
 from httpx_p2pcache.database import connect
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exchange import Exchange
@@ -545,21 +545,11 @@ class Simulation:
             reply = await self.origin.answer(node, request, effect.added)
             return reply
 
-        effect = next(way)
-        try:
-            while True:
-                try:
-                    result = await perform(effect)
-                except BaseException as exc:
-                    effect = way.throw(exc)
-                else:
-                    effect = way.send(result)
-        except StopIteration as stop:
-            answer: Answer = stop.value
-            if answer.keep is not None and answer.reply is not None and node.alive:
-                answer.keep.feed(answer.reply.native)
-                answer.keep.finish()
-            return answer
+        answer: Answer = await driven(way, perform)
+        if answer.keep is not None and answer.reply is not None and node.alive:
+            answer.keep.feed(answer.reply.native)
+            answer.keep.finish()
+        return answer
 
     def run(self, seconds: float) -> None:
         """Simulate so many seconds."""

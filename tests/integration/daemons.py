@@ -12,6 +12,8 @@ from typing import Any
 from secret import secret_of
 
 from httpx_p2pcache.daemon import life
+from httpx_p2pcache.ledger import Ledger
+from httpx_p2pcache.stats import Stats
 
 TOKEN = "ghp_0123456789abcdefghijklmnopqrstuvwxyz"
 # A step of a job: asks for each URL once, and says where the answers came from.
@@ -86,3 +88,12 @@ def heard(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.returncode == 0
     found: dict[str, Any] = json.loads(said)
     return found
+
+
+def having_asked(root: Path, endpoint: str) -> Runner:
+    """A runner without a daemon that has made one request."""
+    (root / "store").mkdir()
+    stats = Stats()
+    stats.add("requests", 1, endpoint)
+    Ledger(root / "store").flush(stats)
+    return Runner(root / "store", root / "registry")

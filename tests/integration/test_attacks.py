@@ -232,15 +232,13 @@ class Runner:
 Start = Callable[..., Runner]
 
 
-@pytest.fixture
-def start(settings_for: Callable[..., Settings], origin: Origin) -> Iterator[Start]:
-    """``start("a")``: a runner that has joined; all are closed at the end."""
+def runners_of(settings_for: Callable[..., Settings], origin: Origin, **plain: object) -> Iterator[Start]:
+    """What a fixture ``start`` yields: ``start("a")`` is a runner that has joined; all are closed at the end."""
     origin.resources.update(made_up(len(TARGETS)))
     runners: list[Runner] = []
 
     def begin(name: str, *, token: str | None = TOKEN, **changes: object) -> Runner:
-        settings = settings_for(name, **({"lookup_timeout": BUDGET, "claim_timeout": 1.0} | changes))
-        transport = P2PCacheTransport(settings=settings)
+        transport = P2PCacheTransport(settings=settings_for(name, **(plain | changes)))
         headers = {"Accept": ACCEPT} | ({"Authorization": f"Bearer {token}"} if token else {})
         client = httpx.Client(transport=transport, base_url=origin.url, headers=headers, timeout=30.0)
         runners.append(Runner(transport, client))
@@ -255,8 +253,8 @@ def start(settings_for: Callable[..., Settings], origin: Origin) -> Iterator[Sta
 
 
 @pytest.fixture
-def secret(settings_for: Callable[..., Settings]) -> str:
-    return settings_for().shared_secret
+def start(settings_for: Callable[..., Settings], origin: Origin) -> Iterator[Start]:
+    yield from runners_of(settings_for, origin, lookup_timeout=BUDGET, claim_timeout=1.0)
 
 
 def all_right(runner: Runner, origin: Origin, targets: list[str] = TARGETS, within: float = PROMPT) -> None:

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import TOKEN, Runner
+from daemons import TOKEN, Runner, having_asked
 from typer.testing import CliRunner, Result
 from waiting import eventually
 
 from httpx_p2pcache.cli.app import app
-from httpx_p2pcache.ledger import Ledger
-from httpx_p2pcache.stats import COUNTERS, Stats
+from httpx_p2pcache.stats import COUNTERS
 from httpx_p2pcache.testing import Origin, Resource, github_etag, made_up
 
 pytest.importorskip("libp2p")
@@ -441,12 +440,7 @@ def test_an_origin_that_is_not_there_is_named_without_passwords(alone: Runner) -
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     """A runner that has asked a host whose name is markup to others."""
-    root = tmp_path_factory.mktemp("odd")
-    (root / "store").mkdir()
-    stats = Stats()
-    stats.add("requests", 1, "GET [fd00::1]:8080/repos")
-    Ledger(root / "store").flush(stats)
-    return Runner(root / "store", root / "registry")
+    return having_asked(tmp_path_factory.mktemp("odd"), "GET [fd00::1]:8080/repos")
 
 
 def test_names_are_shown_as_they_are_in_a_pipe_and_on_a_terminal(odd: Runner) -> None:

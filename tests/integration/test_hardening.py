@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from scripted import Answer, Scripted
 from waiting import eventually
 
-from httpx_p2pcache import P2PCacheTransport, Settings
-from httpx_p2pcache.testing import Origin, made_up
+from httpx_p2pcache import Settings
+from httpx_p2pcache.testing import Origin
 
 pytest.importorskip("libp2p")
 
@@ -35,7 +34,7 @@ from libp2p.security.noise.transport import Transport as NoiseTransport
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
-from test_attacks import MIB, PROMPT, TARGETS, TOKEN, Hostile, Runner, all_right, an_entry, unclosed, until
+from test_attacks import MIB, PROMPT, TARGETS, Hostile, Runner, all_right, an_entry, runners_of, unclosed, until
 
 from httpx_p2pcache import tombstones
 from httpx_p2pcache.claims import Verdict
@@ -69,28 +68,7 @@ Reply = Callable[[Hostile, Any], bytes]
 
 @pytest.fixture
 def start(settings_for: Callable[..., Settings], origin: Origin) -> Iterator[Start]:
-    """``start("a")``: a runner that has joined; all are closed at the end."""
-    origin.resources.update(made_up(len(TARGETS)))
-    runners: list[Runner] = []
-
-    def begin(name: str, **changes: object) -> Runner:
-        transport = P2PCacheTransport(settings=settings_for(name, **changes))
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-        client = httpx.Client(transport=transport, base_url=origin.url, headers=headers, timeout=30.0)
-        runners.append(Runner(transport, client))
-        assert transport.wait_until_joined(30)
-        return runners[-1]
-
-    try:
-        yield begin
-    finally:
-        for runner in runners:
-            runner.client.close()
-
-
-@pytest.fixture
-def secret(settings_for: Callable[..., Settings]) -> str:
-    return settings_for().shared_secret
+    yield from runners_of(settings_for, origin)
 
 
 class Dialling(Hostile):

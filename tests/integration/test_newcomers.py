@@ -15,14 +15,12 @@ from pathlib import Path
 import hishel.httpx
 import httpx
 import pytest
-from daemons import TOKEN, Runner
+from daemons import TOKEN, Runner, having_asked
 from scripted import Answer, Scripted
 from waiting import eventually
 
 from httpx_p2pcache import P2PCacheTransport, Settings, SettingsError
 from httpx_p2pcache.exceptions import ConfigurationError
-from httpx_p2pcache.ledger import Ledger
-from httpx_p2pcache.stats import Stats
 from httpx_p2pcache.storage import AsyncP2PStorage, P2PStorage
 from httpx_p2pcache.testing import Origin
 
@@ -316,12 +314,7 @@ def test_an_address_to_be_announced_is_a_multiaddr() -> None:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     """A runner without a daemon that has asked once."""
-    root = tmp_path_factory.mktemp("alone")
-    (root / "store").mkdir()
-    stats = Stats()
-    stats.add("requests", 1, "GET api.github.com/repos")
-    Ledger(root / "store").flush(stats)
-    return Runner(root / "store", root / "registry")
+    return having_asked(tmp_path_factory.mktemp("alone"), "GET api.github.com/repos")
 
 
 @pytest.mark.parametrize("arguments", [["stats", "--since", "1e400"], ["summary", "--since", "1e300"]])

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from httpx_p2pcache import network
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Entry
 from httpx_p2pcache.exceptions import Rejected
-from httpx_p2pcache.network import Asked, FleetClaim, NoPeers, PeerNetwork, Question, Unclaimed
+from httpx_p2pcache.network import Asked, FleetClaim, NoPeers, PeerNetwork, Question, Unclaimed, settle
 from httpx_p2pcache.node.daemon.protocol import (
     FRAME_OVERHEAD,
     VERSION,
@@ -203,7 +203,7 @@ class DaemonNode:
         if isinstance(frame, Answered):
             self._answered(frame)
         elif isinstance(frame, Done):
-            self._settle(self._open.pop(frame.call, None), None)
+            settle(self._open.pop(frame.call, None), None)
         elif isinstance(frame, State):
             self._state = frame
             if frame.active:
@@ -221,10 +221,10 @@ class DaemonNode:
             return
         future = self._open.pop(frame.call, None)
         if frame.kind == "claim":
-            if not self._settle(future, FleetClaim(frame.id)):  # nobody waits for it any more
+            if not settle(future, FleetClaim(frame.id)):  # nobody waits for it any more
                 self._send(Forget(frame.call))
         else:
-            self._settle(future, network.Found() if frame.kind == "found" else Unclaimed())
+            settle(future, network.Found() if frame.kind == "found" else Unclaimed())
 
     def _call(self, build: Callable[[int], msgspec.Struct], future: Future[Any], otherwise: object) -> None:
         """Send what ``build`` makes of a number under which ``future`` is answered; at once if nobody is there."""
@@ -235,7 +235,7 @@ class DaemonNode:
         if not self._send(build(number)):
             with self._lock:
                 self._open.pop(number, None)
-            self._settle(future, otherwise)
+            settle(future, otherwise)
 
     def _track(self, number: int, future: Future[Any]) -> None:
         with self._lock:  # whoever loses the connection takes all that is open
@@ -303,7 +303,7 @@ class DaemonNode:
             pass
         connection.close()
         for future in waiting:
-            self._settle(future, Unclaimed())
+            settle(future, Unclaimed())
         self._let_go()
 
     def _let_go(self) -> None:
@@ -311,18 +311,7 @@ class DaemonNode:
         with self._lock:
             joined, self._joined = self._joined, []
         for future in joined:
-            self._settle(future, None)
-
-    @staticmethod
-    def _settle(future: Future[Any] | None, result: object) -> bool:
-        """Set a result, if anybody still waits for it."""
-        try:
-            if future is not None:
-                future.set_result(result)
-                return True
-        except InvalidStateError:
-            pass
-        return False
+            settle(future, None)
 
 
 def _read(connection: socket.socket, limit: int) -> bytes:
