@@ -1,18 +1,15 @@
-"""Writing behind: what nobody waits for is written a moment later, in its order, by a thread."""
+"""Work behind: what nobody waits for is done a moment later, in its order, by a thread."""
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
-BEHIND_SECONDS = 0.01  # by which writing stays behind: at once it would meet the caller's next look-up at the lock
-MAX_UNWRITTEN = 32 * 1024**2  # bytes that may be unwritten: who brings more waits for the disk
-UNWRITTEN_BYTES = 2048  # that one takes beside its body, more or less
-AT_ONCE = 4  # jobs that are done together, for which nobody else has the lock
+MAX_UNDONE = 32 * 1024**2  # bytes that may wait for the thread: who brings more waits for it himself
+UNDONE_BYTES = 2048  # that one takes beside its body, more or less
 BETWEEN_SECONDS = 0.0002  # between two of these
 STOP_SECONDS = 0.5  # that who ends it waits for the thread, which has nothing left to do
 IDLE_SECONDS = 5.0  # after which a thread that has nothing to write ends
@@ -27,16 +24,21 @@ class _Job(NamedTuple, Generic[Work]):
 
 
 class Behind(Generic[Work]):
-    """Jobs for the disk, each about a key.
+    """Jobs, each about a key, which are begun ``seconds`` after they came, or by who cannot wait for that.
 
-    ``lock`` is held by who calls any method but :meth:`join`, and by the thread while it works. ``do`` does a few of
-    them together; told whether to wait for another process that has the file, it says whether none had it for long.
+    ``lock`` is held by who calls any method, and by the thread while it works. ``do`` does up to ``at_once`` of them
+    together; told whether to wait for another process that has the file, it says whether none had it for long. What it
+    is given is done, to whatever end: no job is given to it a second time, also if it adds some itself.
     """
 
-    def __init__(self, lock: threading.RLock, do: Callable[[Sequence[Work], bool], bool]) -> None:
+    def __init__(
+        self, lock: threading.RLock, do: Callable[[Sequence[Work], bool], bool], *, seconds: float, at_once: int
+    ) -> None:
         self._lock = lock
         self._something = threading.Condition(lock)  # to be done
         self._do = do
+        self._seconds = seconds
+        self._at_once = at_once
         self._jobs: deque[_Job[Work]] = deque()
         self._bytes = 0
         self._keys: Counter[bytes] = Counter()
@@ -44,15 +46,15 @@ class Behind(Generic[Work]):
         self._no_more = threading.Event()  # for the thread of this moment
 
     def __contains__(self, key: bytes) -> bool:
-        """Whether something of a key is unwritten."""
+        """Whether something about a key is undone."""
         return key in self._keys
 
     def has_room(self, size: int = 0) -> bool:
-        return self._bytes + size <= MAX_UNWRITTEN
+        return self._bytes + size <= MAX_UNDONE
 
     def add(self, key: bytes, size: int, work: Work) -> None:
         """A job with a body of ``size`` bytes; to be done by :meth:`begin` or :meth:`flush`."""
-        size += UNWRITTEN_BYTES
+        size += UNDONE_BYTES
         self._jobs.append(_Job(key, size, work))
         self._bytes += size
         self._keys[key] += 1
@@ -62,7 +64,7 @@ class Behind(Generic[Work]):
         if self._thread is not None and self._thread.is_alive():
             self._something.notify()
             return
-        # A daemon, as the node's thread is: what it has not written when the interpreter ends, atexit writes.
+        # A daemon, as the node's thread is: what it has not done when the interpreter ends, atexit does.
         self._no_more = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(self._no_more,), name="p2pcache-store", daemon=True)
         try:
@@ -92,7 +94,7 @@ class Behind(Generic[Work]):
                         if self._no_more is no_more:
                             self._thread = None
                         return
-            no_more.wait(BEHIND_SECONDS)
+            no_more.wait(self._seconds)
             patient = True
             while self._jobs:
                 with self._lock:
@@ -100,16 +102,13 @@ class Behind(Generic[Work]):
                 time.sleep(BETWEEN_SECONDS)  # who waits for the lock would else not have it
 
     def _do_some(self, patient: bool) -> bool:
-        jobs = list(itertools.islice(self._jobs, AT_ONCE))
-        if not jobs:  # another thread has been quicker
-            return patient
-        try:
-            free = self._do([job.work for job in jobs], patient)
-        finally:  # also if it was interrupted: what has been done must not be done again
-            for job in jobs:
-                self._jobs.popleft()
-                self._bytes -= job.size
-                self._keys[job.key] -= 1
-                if not self._keys[job.key]:
-                    del self._keys[job.key]
-        return patient and free
+        work: list[Work] = []
+        while self._jobs and len(work) < self._at_once:
+            job = self._jobs.popleft()
+            work.append(job.work)
+            self._bytes -= job.size
+            self._keys[job.key] -= 1
+            if not self._keys[job.key]:
+                del self._keys[job.key]
+        # There is nothing to do where another thread has been quicker.
+        return self._do(work, patient) and patient if work else patient

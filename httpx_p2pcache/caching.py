@@ -288,7 +288,8 @@ class _KeptStream:
         for chunk in self._stream:
             self._keep.feed(chunk)
             yield chunk
-        self._keep.finish()
+        if not self._keep.put_off():
+            self._keep.finish()
 
     def close(self) -> None:
         self._keep.abandon()
@@ -307,7 +308,8 @@ class _AsyncKeptStream:
         async for chunk in self._stream:
             self._keep.feed(chunk)
             yield chunk
-        await in_thread(self._keep.finish)
+        if not self._keep.put_off():
+            await in_thread(self._keep.finish)
 
     async def aclose(self) -> None:
         self._keep.abandon()

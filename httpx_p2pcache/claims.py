@@ -165,6 +165,11 @@ class ClaimTable(Generic[Asker]):
         claim = self._claims.get(key)
         return None if claim is None else claim.holder
 
+    def is_waited_for(self, key: bytes) -> bool:
+        """Whether anybody waits for ``key``."""
+        claim = self._claims.get(key)
+        return claim is not None and bool(claim.waiters)
+
     def holders(self, before: float) -> set[Asker]:
         """Those whose claims end before ``before``: whoever has fetched for long should be seen to be alive."""
         return {claim.holder for claim in self._claims.values() if claim.ends < before}
@@ -227,6 +232,11 @@ class Flights:
             answer = Go() if waits_for_itself else self._table.ask(key, seat, now)
         self._tell(told)
         return seat.future if isinstance(answer, Pending) else answer
+
+    def is_waited_for(self, key: bytes) -> bool:
+        """Whether anybody waits for what is fetched."""
+        with self._lock:
+            return self._table.is_waited_for(key)
 
     def release(self, key: bytes, id_: int, verdict: Verdict) -> None:
         """End the claim ``id_``; a claim that has passed to another is left alone."""

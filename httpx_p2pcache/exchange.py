@@ -18,8 +18,8 @@ The steps are those of the README's "Loading process":
 3. One flight per key in this process; its leader asks the key's home, once, for the entry or for the fleet's claim.
 4. hishel's state machine decides on what we now hold.
 5. The origin, conditional where we hold a body.
-6. Storable: saved when the caller has read it to its end, published, and the claim released by that. Anything else
-   releases the claim at once with its verdict.
+6. Storable: saved when the caller has read it to its end, published, and the claim released by that; a moment later
+   where nobody waits for it. Anything else releases the claim at once with its verdict.
 7. The origin failed or refused for its limits, and we hold a stale entry that may be used: served, marked.
 
 """

@@ -26,6 +26,7 @@ class Keep:
         self._lease = lease
         self._chunks: list[bytes] = []
         self._left = lookup.exchange.settings.max_body_size
+        self._put_off = False
 
     def feed(self, chunk: bytes) -> None:
         """A piece of the body has been read. A body that grows too large is let go."""
@@ -35,6 +36,24 @@ class Keep:
         else:
             self._chunks = []
             self._lease.settle(Verdict.UNSTORABLE)
+
+    def put_off(self) -> bool:
+        """The body has been read to its end; whether :meth:`finish` will be called in a moment, by another thread.
+
+        Its caller goes first, unless somebody waits for it: in this process, or perhaps in the fleet. Waits for nobody.
+        """
+        exchange, lease = self._lookup.exchange, self._lease
+        wanted = exchange.network.in_demand or exchange.flights.is_waited_for(lease.claim)
+        size = sum(map(len, self._chunks))
+        self._put_off = self._left >= 0 and not wanted and exchange.store.put_off(lease.key, size, self._finish_later)
+        return self._put_off
+
+    def _finish_later(self) -> None:
+        try:
+            self.finish()
+        except BaseException:  # nobody closes the response after this
+            self._lease.settle(Verdict.ABANDONED)
+            raise
 
     def finish(self) -> None:
         """The body has been read to its end: saved here, then published. May touch the disk."""
@@ -79,5 +98,6 @@ class Keep:
         return int(lengths[0][:20]) if lengths[0].isdecimal() else None
 
     def abandon(self) -> None:
-        """The body will not be read to its end. After ``finish`` this does nothing."""
-        self._lease.settle(Verdict.ABANDONED)
+        """The body will not be read to its end. After :meth:`finish`, or once it is put off, this does nothing."""
+        if not self._put_off:
+            self._lease.settle(Verdict.ABANDONED)

@@ -114,6 +114,11 @@ class PeerNetwork(Protocol):
         """Whether a question can be asked: the node has joined, though it may be the only one so far."""
         ...
 
+    @property
+    def in_demand(self) -> bool:
+        """Whether others have lately asked for what we have, or we for what others have: then somebody waits."""
+        ...
+
     def joined(self) -> Future[None]:
         """Resolved once every peer known at the start has been reached or given up, or the network cannot start."""
         ...
@@ -182,6 +187,7 @@ class NoPeers:
     """The fleet of one: nobody to ask, nobody to tell."""
 
     active = False
+    in_demand = False
     by_file = True
 
     def __init__(self, why: str = "") -> None:

@@ -178,6 +178,7 @@ def _network(settings: Settings, store: Store, keyring: Keyring, stats: Stats, q
 
 
 def _finish(exchange: Exchange, *, at_exit: bool = False) -> None:
+    exchange.store.catch_up()
     exchange.network.close(at_exit=at_exit)
     for name, count in exchange.stats.snapshot().items():
         _finished.add(name, count)

@@ -6,8 +6,9 @@ valid where its rows are still those that were loaded, which is asked once for e
 
 What adds is in memory at once. In a process with a node, which tells all others by itself (``behind``), a thread writes
 it a moment later, so that no caller waits for the disk; what takes away is written at once, after all that was to be
-written before it. What a process removes while another has not yet written it is not written any more: a table of its
-own, ``tombstones``, says so. A process that is killed loses the last moment's entries.
+written before it. There work that ends in a save may be put off as well, until somebody looks for its key or a few
+milliseconds have passed: its caller goes first. What a process removes while another has not yet written it is not
+written any more: a table of its own, ``tombstones``, says so. A process that is killed loses the last moment's entries.
 """
 
 from __future__ import annotations
@@ -40,10 +41,15 @@ from httpx_p2pcache.tombstones import EVERYBODY, Tombstones, noted
 logger = logging.getLogger("httpx_p2pcache")
 
 PEEK_SECONDS = 0.002  # what a look into memory may wait for a thread that writes
+BEHIND_SECONDS = 0.01  # by which writing stays behind: at once it would meet the caller's next look-up at the lock
+TOGETHER = 4  # entries that are written in one transaction, while which nobody else has the lock
+PUT_OFF_SECONDS = 0.003  # for which work is put off: by then its caller waits for an answer, or does something else
+PUT_OFF_BYTES = 64 * 1024  # that an entry may have whose work is put off: the lock is held while it is done
 TOUCH_SECONDS = 60.0  # between two notes of when an entry was used: what is used longest ago is evicted first
 SAME_AGE = 1.0  # seconds by which the age of one entry may differ between two processes of the runner
 
 _Job = Callable[[SqliteStorage], None]
+_Work = Callable[[], None]
 
 
 class Store:
@@ -91,7 +97,7 @@ class Store:
             return None  # another thread writes, and may wait for another process: no event loop waits with it
         try:
             connection = self._connection
-            if connection is None:
+            if connection is None or key in self._put_off:
                 return None
             try:
                 self._version = connection.version()
@@ -138,7 +144,7 @@ class Store:
         """
         locked = self._lock.acquire(timeout=PEEK_SECONDS)
         try:
-            yield locked and key not in self._later and self._later.has_room(size)
+            yield locked and not self._is_undone(key) and self._later.has_room(size)
         finally:
             if locked:
                 self._lock.release()
@@ -148,18 +154,20 @@ class Store:
         if not self._lock.acquire(timeout=PEEK_SECONDS):
             return None
         try:
-            return self.peek(key) if key in self._later else self.load(key)
+            return self.peek(key) if self._is_undone(key) else self.load(key)
         finally:
             self._lock.release()
 
     def load(self, key: bytes) -> list[Stored]:
         """All entries of a cache key, of every identity; from memory where that is valid."""
+        if key in self._put_off:
+            self.catch_up()
         found = self.peek(key)
         if found is not None:
             return found
         # Under the lock from the first row to the last: what is remembered is what no other thread has removed since.
         with self._lock:
-            if key in self._later:
+            if self._is_undone(key):
                 self.flush()
             storage, found = self._open(), []
             try:
@@ -248,10 +256,33 @@ class Store:
                     self._delete(storage, stored)
                 self._remember(key, [])
 
+    def put_off(self, key: bytes, size: int, work: _Work) -> bool:
+        """Whether ``work``, which saves something of ``size`` bytes under a key, could be put off; waits for nobody.
+
+        It is done by a thread then, soon; or by who looks for the key, or by :meth:`catch_up` or :meth:`flush`.
+        """
+        if not self.behind or size > PUT_OFF_BYTES or not self._lock.acquire(timeout=PEEK_SECONDS):
+            return False
+        try:
+            self._put_off.add(key, size, work)
+            self._put_off.begin()
+        finally:
+            self._lock.release()
+        return True
+
+    def catch_up(self) -> None:
+        """Do what was put off."""
+        with self._lock:
+            self._put_off.flush()
+
     def flush(self) -> None:
         """Write what is still to be written; waits for another process no longer than a single write does."""
         with self._lock:
+            self.catch_up()
             self._later.flush()
+
+    def _is_undone(self, key: bytes) -> bool:
+        return key in self._put_off or key in self._later
 
     def _write(self, key: bytes, size: int, job: _Job) -> None:
         """Have ``size`` bytes written: at once, or behind."""
@@ -368,10 +399,11 @@ class Store:
     def close(self) -> None:
         """Write what is still to be written, and close the file. A later call opens it again."""
         with self._lock:
-            writer = self._later.end()
+            workers = [self._put_off.end(), self._later.end()]
             self._shut()
-        if writer is not None and writer is not threading.current_thread():
-            writer.join(STOP_SECONDS)
+        for worker in workers:
+            if worker is not None and worker is not threading.current_thread():
+                worker.join(STOP_SECONDS)
 
     def _shut(self) -> None:
         try:
@@ -468,7 +500,8 @@ class Store:
 
     def _new_lock(self) -> None:
         self._lock = threading.RLock()
-        self._later: Behind[_Job] = Behind(self._lock, self._write_together)
+        self._put_off: Behind[_Work] = Behind(self._lock, _do, seconds=PUT_OFF_SECONDS, at_once=1)
+        self._later: Behind[_Job] = Behind(self._lock, self._write_together, seconds=BEHIND_SECONDS, at_once=TOGETHER)
 
     def _before_fork(self) -> None:
         self._lock.acquire()
@@ -480,6 +513,12 @@ class Store:
             self._new_lock()  # what could not be written is the parent's
         else:
             self._lock.release()
+
+
+def _do(works: Sequence[_Work], patient: bool) -> bool:
+    for work in works:
+        work()
+    return patient
 
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()

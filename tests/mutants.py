@@ -31,6 +31,30 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "runner.py",
+        "    exchange.store.catch_up()\n",
+        "",
+        "integration/test_fleet.py::test_a_runner_that_closes_has_published_what_it_has_read",
+    ),
+    Mutant(
+        "keep.py",
+        "wanted = exchange.network.in_demand or",
+        "wanted =",
+        "integration/test_fleet.py::test_nothing_is_put_off_in_a_fleet_whose_members_ask_for_the_same",
+    ),
+    Mutant(
+        "keep.py",
+        " or exchange.flights.is_waited_for(lease.claim)",
+        "",
+        "integration/test_fleet.py::test_threads_that_wait_for_what_one_fetches_have_it_at_once",
+    ),
+    Mutant(
+        "keep.py",
+        "if not self._put_off:",
+        "if True:",
+        "integration/test_fleet.py::test_a_runner_that_closes_has_published_what_it_has_read",
+    ),
+    Mutant(
         "machine.py",
         'return _machine() if local else b""',
         'return b""',

@@ -276,7 +276,7 @@ class _Kept(HTTPResponse):
 
     def _finish(self) -> None:
         keep, self._p2pcache_keep = self._p2pcache_keep, None
-        if keep is not None:
+        if keep is not None and not keep.put_off():
             keep.finish()
 
     def _abandon(self) -> None:

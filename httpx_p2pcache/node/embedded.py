@@ -69,6 +69,11 @@ class EmbeddedNode:
         # Also while we are alone: who joins in the next moment is told what we are fetching.
         return self._joined.done() and self._token is not None
 
+    @property
+    def in_demand(self) -> bool:
+        fleet = self._fleet
+        return fleet is not None and fleet.in_demand()
+
     def joined(self) -> Future[None]:
         waiting: Future[None] = Future()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import socket
 import time
@@ -66,6 +67,7 @@ REMIND_SECONDS = 2.0
 LOOK_SECONDS = 1.0  # between two looks at who is not needed, and who is a stranger
 COUNTS_SECONDS = 2.0  # between two messages to the members about what has been counted
 JUDGE_SECONDS = 0.01  # for which what is new about members is collected, longer the more there are
+DEMAND_SECONDS = 1.0  # in which those who have asked for the same ask for the next
 NEWCOMER_SECONDS = 0.5  # within which somebody who has connected is expected to know the others
 MAX_LINKS_EACH = 4  # to one peer: two that dial each other at the same moment have two
 MAX_RUNNERS = 1000  # whose counts one member may tell
@@ -113,6 +115,7 @@ class Fleet:
         self._ledger = Ledger(self.settings.dir)
         self._began = time.time()
         self._reminded = itertools.count()
+        self._demanded = -math.inf  # when it was last that somebody wanted what another had (the system's clock)
         self._turns = itertools.count(time.time_ns())  # a node that begins anew goes on above what it has said before
         self.counts = TellCounts("", {})  # of this runner
 
@@ -439,6 +442,14 @@ class Fleet:
             for member in self.members.values()
             if not member.ready
         )
+
+    def demanded(self) -> None:
+        """A member has asked for what we have or fetch, or has what we asked for."""
+        self._demanded = time.monotonic()
+
+    def in_demand(self) -> bool:
+        """Whether that was lately: what is fetched is waited for by somebody, more likely than not. From any thread."""
+        return time.monotonic() - self._demanded < DEMAND_SECONDS
 
     def _is_ready(self, member: Member) -> None:
         if not member.ready:

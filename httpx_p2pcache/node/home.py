@@ -189,6 +189,7 @@ class Home:
         """What is said to a question of which ``stored`` is the best that there is."""
         question, call = message.question, message.call
         if stored is not None and helps(stored, question):
+            self._fleet.demanded()
             return self._found(link, call, question, stored)
         if message.forwarded:
             return Nothing(call)
@@ -203,6 +204,7 @@ class Home:
             self.parted(lost)  # it asks again, so it has not heard that it may fetch
         answer = self._claims.ask(question.claim, Asker(link.peer_id, call, tell, link), trio.current_time())
         if isinstance(answer, Pending):
+            self._fleet.demanded()
             return Wait(call)
         return Nothing(call) if isinstance(answer, Go) else self._grant(link, call, question, answer.id, stored)
 

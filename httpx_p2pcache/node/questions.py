@@ -170,6 +170,8 @@ class Questions:
             return
         self._drop(question)
         stored = None
+        if isinstance(answer, Found):
+            self._fleet.demanded()
         if isinstance(answer, Found) or (isinstance(answer, Granted) and answer.sealed):
             try:
                 stored = self._fleet.shelf.received_at_once(asked.key, answer.sealed, answer.resident, link.keyring)
@@ -204,6 +206,7 @@ class Questions:
     def _await(self, question: _Question) -> None:
         """Somebody fetches it, and we are told."""
         question.awaited = True
+        self._fleet.demanded()
         self._wait(question, self._fleet.settings.claim_timeout)
         question.future.await_fetch()
 

@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import httpx
 import msgspec
 import pytest
 from waiting import eventually
 
 from httpx_p2pcache import P2PCacheTransport, Settings
+from httpx_p2pcache import store as store_module
 from httpx_p2pcache.testing import Origin, Resource, made_up
 
 pytest.importorskip("libp2p")
@@ -684,6 +687,75 @@ def _entry(url: str, body: bytes) -> tuple[Entry, bytes]:
 
 
 # How they leave
+
+
+# The caller goes first, unless somebody waits
+
+
+@pytest.fixture
+def puts_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put off is done by who needs it, or never."""
+    monkeypatch.setattr(store_module, "PUT_OFF_SECONDS", 600.0)
+
+
+@pytest.mark.usefixtures("puts_off")
+def test_what_a_client_has_read_is_a_hit_at_once_and_is_counted(start: Start, origin: Origin) -> None:
+    runner = start("one")
+    assert runner.transport.wait_until_joined(10)
+    cold, warm = (timed(lambda: runner.get(TARGETS[0])) for _ in range(2))
+    assert (source(cold[0]), source(warm[0])) == ("origin", "local")
+    assert warm[1] < PROMPT
+    runner.get(TARGETS[1])
+    assert runner.stat("stored") == runner.stat("cache_size") == 2
+    assert len(origin.calls) == 2
+
+
+@pytest.mark.usefixtures("puts_off")
+@pytest.mark.anyio
+async def test_what_an_async_client_has_read_is_a_hit_at_once(
+    settings_for: Callable[..., Settings], origin: Origin
+) -> None:
+    transport = P2PCacheTransport(settings=settings_for())
+    assert await anyio.to_thread.run_sync(transport.wait_until_joined)
+    async with httpx.AsyncClient(transport=transport, base_url=origin.url) as client:
+        with anyio.fail_after(PROMPT):
+            sources = [source(await client.get(TARGETS[0])) for _ in range(2)]
+    assert sources == ["origin", "local"]
+
+
+@pytest.mark.usefixtures("puts_off")
+def test_threads_that_wait_for_what_one_fetches_have_it_at_once(start: Start, origin: Origin) -> None:
+    runner = start("one")
+    assert runner.transport.wait_until_joined(10)
+    began = time.monotonic()
+    responses = at_once(*[lambda: runner.get(TARGETS[0])] * 4)
+    assert time.monotonic() - began < PROMPT
+    assert {response.status_code for response in responses} == {200}
+    assert len(origin.calls) == 1
+
+
+@pytest.mark.usefixtures("puts_off")
+def test_a_runner_that_closes_has_published_what_it_has_read(start: Start) -> None:
+    staying, leaving = start("staying"), start("leaving")
+    met(staying, leaving)
+    leaving.get(TARGETS[0])
+    assert staying.stat("received") == 0
+    leaving.client.close()
+    assert eventually(lambda: staying.stat("received") == 1)
+
+
+@pytest.mark.usefixtures("puts_off")
+def test_nothing_is_put_off_in_a_fleet_whose_members_ask_for_the_same(start: Start) -> None:
+    holder = start("holder")
+    assert holder.transport.wait_until_joined(10)
+    holder.get(TARGETS[0])
+    joiner = start("joiner")
+    met(holder, joiner)
+    assert source(joiner.get(TARGETS[0])) == "peer"  # by which both know
+    for one, other, target in ((holder, joiner, TARGETS[1]), (joiner, holder, TARGETS[2])):
+        before = other.stat("received")
+        one.get(target)
+        assert eventually(lambda: other.stat("received") == before + 1)  # noqa: B023 - called at once
 
 
 def test_close_returns_soon_and_leaves_no_thread_no_port_and_no_registry_file(

@@ -23,7 +23,7 @@ def test_what_was_done_before_an_interrupt_is_not_done_again() -> None:
         return patient
 
     lock = threading.RLock()
-    later: Behind[str] = Behind(lock, do)
+    later: Behind[str] = Behind(lock, do, seconds=60.0, at_once=4)
     with lock:
         for work in ("one", "interrupt", "two"):
             later.add(work.encode(), 1, work)

@@ -673,7 +673,7 @@ def test_an_entry_for_one_request_only_is_never_fresh(store: Store) -> None:
 @pytest.fixture
 def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, Store]]:
     """One that writes nothing before it has to, and another that sees the file."""
-    monkeypatch.setattr(behind_module, "BEHIND_SECONDS", 60.0)
+    monkeypatch.setattr(store_module, "BEHIND_SECONDS", 60.0)
     behind, other = open_store(tmp_path / "store", behind=True), open_store(tmp_path / "store")
     yield behind, other
     behind.close()
@@ -906,12 +906,148 @@ def test_nothing_is_invalidated_by_no_keys(store: Store) -> None:
 def test_who_brings_more_than_may_be_unwritten_waits_for_the_disk(
     apart: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(behind_module, "MAX_UNWRITTEN", 4000)
+    monkeypatch.setattr(behind_module, "MAX_UNDONE", 4000)
     behind, other = apart
     saved(behind, body=bytes(900))
     assert held(other) == []
     saved(behind, url=URL + "?2", body=bytes(900))
     assert len(held(other)) == 1
+
+
+# What is put off
+
+
+@pytest.fixture
+def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """One that does nothing of what it puts off before it has to."""
+    monkeypatch.setattr(store_module, "PUT_OFF_SECONDS", 60.0)
+    store = open_store(tmp_path / "store", behind=True)
+    yield store
+    store.close()
+
+
+def put_off(store: Store, entry: Entry, size: int = 0) -> bool:
+    return store.put_off(cache_key(entry.url), size, lambda: store.save(entry) and None)
+
+
+LOOKS: dict[str, Callable[[Store], object]] = {
+    "load": lambda store: store.load(KEY),
+    "another is saved": lambda store: store.save(an_entry(url=URL, identity=YOU)),
+    "keys": lambda store: store.keys(10),
+    "size": lambda store: store.size(),
+    "flush": lambda store: store.flush(),
+    "catch_up": lambda store: store.catch_up(),
+    "close": lambda store: store.close(),
+    "another is invalidated": lambda store: store.invalidate([cache_key(URL + "?other")]),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_what_is_put_off_is_done_before_anybody_looks_for_it(idle: Store, look: str) -> None:
+    entry, done = an_entry(received=time.time()), []
+
+    def work() -> None:
+        done.append(look)
+        idle.save(entry)
+
+    assert idle.put_off(KEY, 0, work)
+    assert idle.peek(KEY) is None
+    assert idle.at_hand(KEY) is None
+    with idle.soon(KEY) as free:
+        assert not free
+    assert done == []
+    LOOKS[look](idle)
+    assert done == [look]
+    assert entry in held(idle)
+
+
+def test_what_is_put_off_is_done_soon_if_nobody_looks_for_it(tmp_path: Path) -> None:
+    store, done = open_store(tmp_path / "store", behind=True), threading.Event()
+    assert store.put_off(KEY, 0, done.set)
+    assert done.wait(10)
+    store.close()
+
+
+@pytest.mark.parametrize("how", ["invalidate", "refuse"])
+def test_what_is_put_off_while_its_url_is_written_to_is_not_stored(idle: Store, how: str) -> None:
+    entry = an_entry(received=time.time(), identity=ME)
+    assert put_off(idle, entry)
+    if how == "invalidate":
+        idle.invalidate([KEY])
+    else:
+        idle.refuse(KEY, ME, since=time.time())
+    assert held(idle) == []
+
+
+def test_a_store_that_writes_at_once_puts_nothing_off(store: Store) -> None:
+    assert not put_off(store, an_entry())
+
+
+def test_what_is_large_is_not_put_off(idle: Store) -> None:
+    assert put_off(idle, an_entry(), store_module.PUT_OFF_BYTES)
+    assert not put_off(idle, an_entry(), store_module.PUT_OFF_BYTES + 1)
+
+
+def test_who_would_wait_for_another_thread_puts_nothing_off(idle: Store) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with idle._lock:
+            begun.set()
+            assert go.wait(10)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert begun.wait(10)
+    assert not put_off(idle, an_entry())
+    go.set()
+    holder.join()
+
+
+def test_an_interrupt_costs_one_of_those_that_are_put_off(idle: Store) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    entry = an_entry()
+    assert idle.put_off(KEY, 0, interrupt)
+    assert put_off(idle, entry)
+    with pytest.raises(KeyboardInterrupt):
+        idle.load(KEY)
+    assert held(idle) == [entry]
+
+
+def test_what_is_put_off_when_the_process_ends_is_in_the_file(tmp_path: Path) -> None:
+    script = """
+store.behind = True
+store._put_off._seconds = 60.0
+assert store.put_off(KEY, 0, lambda: store.save(an_entry()))
+print("null")
+"""
+    in_another_process(tmp_path / "store", script)
+    left = open_store(tmp_path / "store")
+    assert left.size()[0] == 1
+    left.close()
+
+
+@forks
+def test_what_is_put_off_at_a_fork_is_done_once_and_by_the_parent(tmp_path: Path) -> None:
+    seen = in_another_process(
+        tmp_path,
+        """
+store.behind = True
+store._put_off._seconds = 60.0
+done = []
+assert store.put_off(KEY, 0, lambda: done.append(os.getpid()))
+child = os.fork()
+if not child:
+    store.close()
+    os._exit(len([pid for pid in done if pid == os.getpid()]))
+seen = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+store.close()
+print(json.dumps([seen, done == [os.getpid()]]))
+""",
+    )
+    assert seen == [0, True]
 
 
 def test_the_thread_that_writes_ends_when_there_is_nothing_to_write(
@@ -938,8 +1074,7 @@ def test_the_thread_that_writes_ends_when_there_is_nothing_to_write(
 @pytest.mark.parametrize("how", ["", "os.kill(os.getpid(), 15)", "raise KeyboardInterrupt", "store.close()"])
 def test_a_process_that_ends_has_written_all_unless_it_is_killed(tmp_path: Path, how: str) -> None:
     script = f"""
-from httpx_p2pcache import behind
-behind.BEHIND_SECONDS = 60.0
+store._later._seconds = 60.0
 store.behind = True
 store.save(an_entry())
 print("null", flush=True)
@@ -957,8 +1092,7 @@ def test_what_is_unwritten_at_a_fork_is_written_once(tmp_path: Path) -> None:
     seen = in_another_process(
         tmp_path,
         """
-from httpx_p2pcache import behind
-behind.BEHIND_SECONDS = 60.0
+store._later._seconds = 60.0
 store.behind = True
 store.save(an_entry())
 child = os.fork()

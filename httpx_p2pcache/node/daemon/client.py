@@ -66,6 +66,7 @@ class DaemonNode:
     """
 
     by_file = True
+    in_demand = False  # nothing is put off where it is by the file
 
     def __init__(self, path: Path, label: str, quotas: QuotaBoard, *, lookup_timeout: float, largest: int) -> None:
         """``label`` names the fleet, ``largest`` is the size in bytes of the largest body. Nothing happens yet."""
