@@ -38,6 +38,16 @@ class Discard(NamedTuple):
     """Be done with the reply that came last."""
 
 
+class Miss(NamedTuple):
+    """What a look came to that found no answer: what there is, if it is known, and how many flights had ``landed``."""
+
+    found: list[Stored] | None = None
+    landed: int = -1
+
+
+NOT_LOOKED = Miss()
+
+
 Effect = Run | Wait | Send | Read | Discard
 Way = Generator[Effect, Any, "Answer"]
 

@@ -12,7 +12,7 @@ import anyio
 import hishel
 from hishel import Headers
 
-from httpx_p2pcache.answers import Answer, Reply, Way
+from httpx_p2pcache.answers import Answer, Miss, Reply, Way
 from httpx_p2pcache.claims import Seated
 from httpx_p2pcache.exceptions import ConfigurationError
 from httpx_p2pcache.keep import Keep
@@ -59,8 +59,8 @@ class CachingTransport:
     def _handle(self, request: Any) -> Any:
         asked = _asked(request)
         answer = self._exchange.hit(asked, in_memory=False)
-        if answer is None:
-            way = self._exchange.way(asked, threading.get_ident(), _patience(request), background=True)
+        if isinstance(answer, Miss):
+            way = self._exchange.way(asked, threading.get_ident(), _patience(request), background=True, miss=answer)
             answer = self._drive(way, request)
             afterwards = answer.afterwards
             if afterwards is not None:
@@ -76,11 +76,11 @@ class CachingTransport:
     async def _handle_async(self, request: Any) -> Any:
         asked = _asked(request)
         answer = self._exchange.hit(asked)
-        if answer is None:
+        if isinstance(answer, Miss):
             # trio has no place for a task that outlives its caller: there the caller waits for the revalidation.
             loop = asyncio_loop()
             caller = Seated(threading.get_ident(), anyio.get_current_task().id)
-            way = self._exchange.way(asked, caller, _patience(request), background=loop is not None)
+            way = self._exchange.way(asked, caller, _patience(request), background=loop is not None, miss=answer)
             answer = await self._async_drive(way, request)
             if answer.afterwards is not None and loop is not None:
                 afterwards = answer.afterwards

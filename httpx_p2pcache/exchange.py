@@ -33,7 +33,7 @@ from typing import Any, cast
 
 import hishel
 
-from httpx_p2pcache.answers import Answer, Effect, Reply, Run, Send, Wait, Way, caching
+from httpx_p2pcache.answers import NOT_LOOKED, Answer, Effect, Miss, Reply, Run, Send, Wait, Way, caching
 from httpx_p2pcache.claims import Flights
 from httpx_p2pcache.entries import (
     ANONYMOUS,
@@ -116,19 +116,19 @@ class Exchange:
         self.ledger = Ledger(self.settings.dir)
         self.ledger.follow(self.stats)
 
-    def hit(self, request: hishel.Request, *, in_memory: bool = True) -> Answer | None:
+    def hit(self, request: hishel.Request, *, in_memory: bool = True) -> Answer | Miss:
         """The answer to a plain request for which something fresh is held: the hot path. Decides as the machine would.
 
         ``in_memory``: the caller cannot wait for the disk.
         """
         if request.method not in CACHEABLE or not SPECIAL.isdisjoint(request.headers):
-            return None
-        key = cache_key(request.url)
+            return NOT_LOOKED
+        key, landed = cache_key(request.url), self.flights.landed
         found = self.store.peek(key) if in_memory else self.store.load(key)
         seen = self.github.seen(request)
         best = self.fresh(seen, self.keyring.asker(seen), found) if found else None
         if best is None:
-            return None
+            return Miss(found, landed)
         self.stats.add("requests", endpoint=endpoint(request.method, request.url))
         return self.from_store(best, time.time(), source="local")
 
@@ -145,12 +145,18 @@ class Exchange:
         return best if best is not None and best.fresh(time.time()) else None
 
     def way(
-        self, request: hishel.Request, caller: Hashable, patience: float | None, *, background: bool = False
+        self,
+        request: hishel.Request,
+        caller: Hashable,
+        patience: float | None,
+        *,
+        background: bool = False,
+        miss: Miss = NOT_LOOKED,
     ) -> Way:
-        """The way of one request of ``caller``, a thread or a task; see the module's head.
+        """The way of one request of ``caller``, a thread or a task, for which :meth:`hit` has just found no answer.
 
         ``patience`` is for how many seconds it waits for others at the most; None: for as long as a claim lives.
-        ``background``: the answer may have an ``afterwards``.
+        ``background``: the answer may have an ``afterwards``. See the module's head.
         """
         self.stats.add("requests", endpoint=endpoint(request.method, request.url))
         wishes = directives(request.headers)
@@ -168,7 +174,7 @@ class Exchange:
             if no_store and FOR_THE_ORIGIN.isdisjoint(request.headers) and "content-length" not in request.headers:
                 yield from self.heed_refusal(request, answer.reply, sent)
             return answer
-        return (yield from Lookup(self, request, wishes, patience, background).way(caller))
+        return (yield from Lookup(self, request, wishes, patience, background).way(caller, miss))
 
     def _write_through(self, request: hishel.Request) -> Way:
         sent, key = time.time(), cache_key(request.url)

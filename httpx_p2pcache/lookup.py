@@ -18,7 +18,20 @@ import msgspec
 from hishel import CacheOptions, Headers
 
 from httpx_p2pcache import parts
-from httpx_p2pcache.answers import Afterwards, Answer, Discard, Effect, Read, Reply, Run, Wait, Way, caching
+from httpx_p2pcache.answers import (
+    NOT_LOOKED,
+    Afterwards,
+    Answer,
+    Discard,
+    Effect,
+    Miss,
+    Read,
+    Reply,
+    Run,
+    Wait,
+    Way,
+    caching,
+)
 from httpx_p2pcache.claims import FLEET_PATIENCE, Granted, Look, Verdict
 from httpx_p2pcache.conditions import combined, opaque, tags_of, viewed
 from httpx_p2pcache.entries import ANONYMOUS, Entry, body_digest, cache_key, claim_key
@@ -97,14 +110,14 @@ class Lookup:
         self._found: list[Stored] | None = None  # by the last look, ...
         self._state: Stored | hishel.AnyState  # ... and what it came to
 
-    def way(self, caller: Hashable) -> Way:
+    def way(self, caller: Hashable, miss: Miss = NOT_LOOKED) -> Way:
         exchange = self.exchange
         # Where every identity can use the answer in some way, the whole fleet waits for one fetch.
         claim = claim_key(self.request, "" if self.pooled else self.asker.identity)
         lease = Lease(exchange, self.key, claim)
-        source, landed = "local", exchange.flights.landed
+        source, landed = "local", exchange.flights.landed if miss.found is None else miss.landed
         try:
-            state = yield from self._look()
+            state = yield from self._look(miss.found)
             if isinstance(state, Stored):
                 return self._serve(state, source)
             answer = self._while_revalidate(state, claim)
@@ -147,10 +160,11 @@ class Lookup:
             lease.give_up(Verdict.FAILED if isinstance(exc, Exception) else Verdict.ABANDONED)
             raise
 
-    def _look(self) -> Generator[Effect, Any, Stored | hishel.AnyState]:
-        """What the store holds now that may be served, or what hishel's machine says to what it holds."""
+    def _look(self, found: list[Stored] | None = None) -> Generator[Effect, Any, Stored | hishel.AnyState]:
+        """What the store holds that may be served, or what hishel's machine says to it; ``found``: if it is known."""
         store = self.exchange.store
-        found: list[Stored] | None = store.peek(self.key)
+        if found is None:
+            found = store.peek(self.key)
         if found is None:
             found = yield Run(partial(store.load, self.key))
         if found is self._found:  # nothing has come, and nothing has gone

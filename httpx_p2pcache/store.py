@@ -189,15 +189,28 @@ class Store:
         ``since`` is when the origin was asked, if that is known, else when the response was received.
         """
         key = cache_key(entry.url)
-        asked = entry.received if since is None else since
+        with self._lock:
+            return self._save(key, self.load(key), entry, entry.received if since is None else since)
+
+    def receive(self, entry: Entry, *, since: float) -> Stored | None:
+        """The same for what a peer has; where the same has come by another way, or a newer one, that is returned."""
+        key, now = cache_key(entry.url), time.time()
         with self._lock:
             held = self.load(key)
-            if self._is_void(key, entry.identity, asked):
-                return None
-            replaced = [s for s in held if same_place(s.entry, entry)]
-            stored = self._prepared(entry, uuid.uuid4())
-            self._remember(key, [*(s for s in held if s not in replaced), stored])
-            self._write(key, len(entry.body), partial(self._insert, stored, replaced, asked, self._version))
+            for stored in held:
+                newer = stored.entry.age(now) - entry.age(now)
+                known = stored.entry.digest == entry.digest and newer <= SAME_AGE
+                if (known or newer < 0) and same_place(stored.entry, entry):
+                    return stored
+            return self._save(key, held, entry, since)
+
+    def _save(self, key: bytes, held: list[Stored], entry: Entry, asked: float) -> Stored | None:
+        if self._is_void(key, entry.identity, asked):
+            return None
+        replaced = [s for s in held if same_place(s.entry, entry)]
+        stored = self._prepared(entry, uuid.uuid4())
+        self._remember(key, [*(s for s in held if s not in replaced), stored])
+        self._write(key, len(entry.body), partial(self._insert, stored, replaced, asked, self._version))
         return stored
 
     def refresh(self, stored: Stored, entry: Entry, *, since: float) -> Stored | None:

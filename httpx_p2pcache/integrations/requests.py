@@ -22,7 +22,7 @@ from hishel import Headers
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPHeaderDict, HTTPResponse, Timeout
 
-from httpx_p2pcache.answers import Answer, Reply, Way
+from httpx_p2pcache.answers import Answer, Miss, Reply, Way
 from httpx_p2pcache.entries import authority
 from httpx_p2pcache.keep import Keep
 from httpx_p2pcache.pump import Fields, drive
@@ -85,8 +85,8 @@ class P2PCacheAdapter(HTTPAdapter):
             # Whose answer this is nobody has made sure of: it is not for those who do.
             return self._response(drive(exchange.pass_by(asked, "bypass"), send_on, _discard, _read), request)
         answer = exchange.hit(asked, in_memory=False)
-        if answer is None:
-            way = exchange.way(asked, threading.get_ident(), _patience(timeout), background=True)
+        if isinstance(answer, Miss):
+            way = exchange.way(asked, threading.get_ident(), _patience(timeout), background=True, miss=answer)
             answer = drive(way, send_on, _discard, _read)
             afterwards = answer.afterwards
             if afterwards is not None:

@@ -16,7 +16,7 @@ from httpx_p2pcache.entries import Entry, Keyring
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.network import Question
 from httpx_p2pcache.node.checks import MAX_RESIDENT, believed
-from httpx_p2pcache.stored import Stored, same_place
+from httpx_p2pcache.stored import Stored
 
 if TYPE_CHECKING:
     from httpx_p2pcache.node.fleet import Fleet
@@ -104,10 +104,10 @@ class Shelf:
         fleet = self._fleet
         try:
             entry = keyring.open_entry(sealed, key)
-            held = self.at_hand(key)
-            if held is None:
-                held = yield partial(fleet.store.load, key)
             if not entry.body and entry.digest != EMPTY:
+                held = self.at_hand(key)
+                if held is None:
+                    held = yield partial(fleet.store.load, key)
                 body = next((s.entry.body for s in held if s.entry.digest == entry.digest), None)
                 if body is None and not missing_ok:
                     raise BodyMissing
@@ -118,25 +118,20 @@ class Shelf:
             check = partial(believed, entry, resident, now, fleet.settings.max_body_size)
             takes_long = len(entry.body) > LARGE and "content-encoding" in entry.headers
             entry = (yield check) if takes_long else check()
-            if takes_long:  # and it may have been written to meanwhile
-                held = yield partial(fleet.store.load, key)
         except Rejected as exc:
             logger.debug("an entry from a peer was not believed: %s", exc)
             fleet.stats.add("rejected")
             return None
-        for stored in held:
-            # It has come by another way already, or a newer one has.
-            newer = stored.entry.age(now) - entry.age(now)
-            known = stored.entry.digest == entry.digest and newer <= 1.0
-            if same_place(stored.entry, entry) and (known or newer < 0):
-                return stored
-        fleet.stats.add("received")
         # Its age is counted from when the origin was asked: what was written since then makes it void.
-        since = now - entry.initial_age
+        receive = partial(fleet.store.receive, entry, since=now - entry.initial_age)
         with fleet.store.soon(key, len(entry.body)) as free:
-            if free and fleet.store.behind:
-                return fleet.store.save(entry, since=since)
-        return (yield partial(fleet.store.save, entry, since=since))  # type: ignore[no-any-return]
+            at_once = free and fleet.store.behind
+            stored: Stored | None = receive() if at_once else None
+        if not at_once:
+            stored = yield receive
+        if stored is None or stored.entry is entry:
+            fleet.stats.add("received")
+        return stored
 
 
 class Parcel:

@@ -36,7 +36,7 @@ import trio.testing
 from hishel import Headers
 from libp2p.peer.id import ID
 
-from httpx_p2pcache.answers import Answer, Discard, Effect, Read, Reply, Run, Wait, driven
+from httpx_p2pcache.answers import Answer, Discard, Effect, Miss, Read, Reply, Run, Wait, driven
 from httpx_p2pcache.database import connect
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exchange import Exchange
@@ -517,8 +517,9 @@ class Simulation:
         with trio.CancelScope() as scope:
             node.requests.add(scope)
             answer = node.exchange.hit(request)
-            if answer is None:
-                answer = await self._drive(node, request, node.exchange.way(request, object(), None))
+            if isinstance(answer, Miss):
+                way = node.exchange.way(request, object(), None, miss=answer)
+                answer = await self._drive(node, request, way)
             await node.thaw()
         node.requests.discard(scope)
         if scope.cancelled_caught:

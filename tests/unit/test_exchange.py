@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from made import a_request, an_entry
 
 from httpx_p2pcache import P2PCacheTransport, Settings, runner
+from httpx_p2pcache.answers import NOT_LOOKED, Answer, Miss
 from httpx_p2pcache.entries import Entry, cache_key
 from httpx_p2pcache.exchange import Exchange
 from httpx_p2pcache.freshness import directives, machine_entry, machine_request, vary_names
@@ -155,7 +156,7 @@ def test_the_hot_path_answers_only_what_the_machine_would_and_with_the_same_entr
     with mock.patch("time.time", return_value=now):
         answer = exchange.hit(request)
     state, dates = machine_says(usable, request, now)
-    if answer is None:
+    if isinstance(answer, Miss):
         if all(entry.received <= now for entry in usable):
             in_a_second, _ = machine_says(usable, request, now + 1)
             assert not isinstance(in_a_second, hishel.FromCache), "fresh for a second more, and not answered"
@@ -184,15 +185,15 @@ def test_a_request_that_asks_something_special_is_not_for_the_hot_path(
 ) -> None:
     url = f"https://origin.example/{next(numbers)}"
     exchange.store.save(an_entry(url=url))
-    assert exchange.hit(a_request(url=url)) is not None
-    assert exchange.hit(a_request(url=url, **fields)) is None
+    assert isinstance(exchange.hit(a_request(url=url)), Answer)
+    assert exchange.hit(a_request(url=url, **fields)) is NOT_LOOKED
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "get"])
 def test_other_methods_are_not_for_the_hot_path(exchange: Exchange, method: str) -> None:
     url = f"https://origin.example/{next(numbers)}"
     exchange.store.save(an_entry(url=url))
-    assert exchange.hit(a_request(method, url)) is None
+    assert exchange.hit(a_request(method, url)) is NOT_LOOKED
 
 
 @pytest.mark.parametrize("location", ["http://[", "https://[::1", "//[x/", "https://a.test:port/", "\xff", " "])
