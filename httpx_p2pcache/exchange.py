@@ -10,8 +10,8 @@ It yields what it needs done and is sent what came of it. A sync and an async pu
 :class:`Discard`          be done with a reply that is not passed on, so that its connection is free
 ========================  ==============================================================================
 
-The way of a GET or HEAD is in ``lookup``, what is saved of it in ``keep``, what is owed to others in ``lease``.
-The steps are those of the README's "Loading process":
+The way of a GET or HEAD is in ``lookup``, from the origin on in ``fetch``; what is saved of it in ``keep``, what is
+owed to others in ``lease``. The steps are those of the README's "Loading process":
 
 1. Unsafe methods go to the origin; a success, or a lost answer, invalidates here and at every peer.
 2. What the store holds: fresh, and the identity may use it: answered.

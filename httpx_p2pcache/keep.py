@@ -44,7 +44,7 @@ class Keep:
         """
         exchange, lease = self._lookup.exchange, self._lease
         wanted = exchange.network.in_demand or exchange.flights.is_waited_for(lease.claim)
-        size = sum(map(len, self._chunks))
+        size = exchange.settings.max_body_size - self._left
         self._put_off = self._left >= 0 and not wanted and exchange.store.put_off(lease.key, size, self._finish_later)
         return self._put_off
 

@@ -314,13 +314,13 @@ MUTANTS = [
         "unit/test_store.py::test_bodies_at_rest_are_sealed_and_under_another_key_the_store_is_cold",
     ),
     Mutant(
-        "lookup.py",
+        "fetch.py",
         'if "no-store" in directives(reply.headers):  # §5.2.2.5: nothing',
         "if False:  # §5.2.2.5: nothing",
         f"{CONFORMANCE}[of a 304 with no-store nothing is stored (5.2.2.5)]",
     ),
     Mutant(
-        "lookup.py",
+        "fetch.py",
         'and sent != theirs and "etag" not in reply.headers',
         "and False",
         f"{STRICT}::test_a_304_without_a_tag_to_the_caller_s_tag_and_ours_does_not_say_that_the_caller_s_is_right",
