@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from httpx_p2pcache.exceptions import SettingsError
+from httpx_p2pcache.multiaddrs import is_tcp
 
 logger = logging.getLogger("httpx_p2pcache")
 
@@ -112,7 +113,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             if not all(_is_text(text) for text in texts if isinstance(text, str)):
                 raise SettingsError(_complaint(name, value))
             msgspec.structs.force_setattr(self, name, checked)
-        for name, well_formed in (("github_hosts", _is_host), ("announce_addrs", _is_address)):
+        for name, well_formed in (("github_hosts", _is_host), ("announce_addrs", is_tcp)):
             for text in getattr(self, name):
                 if not well_formed(text):
                     raise SettingsError(_complaint(name, text))
@@ -175,7 +176,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 SECRETS = ("shared_secret", "previous_secret")
-_MULTIADDR = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/([0-9]{1,5})(?:/(?!p2p/)[^/]+)*")
 DEFAULT_PORTS = {"http": 80, "https": 443}
 ADVICE = "Take 32 random characters, as from `openssl rand -hex 16`."
 
@@ -273,17 +273,6 @@ def _is_host(text: str) -> bool:
         return False
     alone = parts.netloc == netloc and "@" not in netloc
     return alone and port != 0 and scheme in ("", "http", "https") and re.fullmatch(r"[\w.:-]+", host) is not None
-
-
-def _is_address(text: str) -> bool:
-    """Whether ``text`` is a multiaddr at which TCP reaches a node, without its peer ID."""
-    match = _MULTIADDR.fullmatch(text)
-    if match is None or not 0 < int(match[3]) < 65536:
-        return False
-    try:
-        return match[1].startswith("dns") or ipaddress.ip_address(match[2]).version == int(match[1][2])
-    except ValueError:
-        return False
 
 
 def _is_this_machine(netloc: str) -> bool:

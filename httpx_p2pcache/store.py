@@ -277,6 +277,8 @@ class Store:
         if not self.behind or size > PUT_OFF_BYTES or not self._lock.acquire(timeout=PEEK_SECONDS):
             return False
         try:
+            if not self._put_off.has_room(size):
+                return False
             self._put_off.add(key, size, work)
             self._put_off.begin()
         finally:

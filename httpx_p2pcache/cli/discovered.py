@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 import sys
 from typing import Any
 
@@ -11,6 +10,7 @@ import base58
 
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.files import private_directory
+from httpx_p2pcache.multiaddrs import multiaddr, parse_peer, peer_id_of
 from httpx_p2pcache.node.discovery import Sighting
 from httpx_p2pcache.node.discovery.registry import Registry
 from httpx_p2pcache.settings import ADVICE, Settings, can_be_guessed
@@ -22,10 +22,9 @@ def discovered(settings: Settings, status: dict[str, Any] | None) -> list[dict[s
 
     def add(peer_id: str, addresses: list[str], how: str) -> None:
         for address in addresses:
-            if not _ADDRESS.fullmatch(address) or not _is_peer_id(peer_id):
-                continue
-            multiaddr = f"{address}/p2p/{peer_id}"
-            found.setdefault(multiaddr, {"multiaddr": multiaddr, "peer_id": peer_id, "how": how})
+            named = f"{address}/p2p/{peer_id}"
+            if is_peer(named):
+                found.setdefault(named, {"multiaddr": named, "peer_id": peer_id, "how": how})
 
     for peer in status["peers"] if status else ():
         add(peer["peer_id"], peer["addresses"], peer["how"])
@@ -45,36 +44,27 @@ def register(settings: Settings, peer_id: str, port: int, ip: str) -> str:
     """Write a record for a node; returns its multiaddr. Raises ValueError for what is no address, OSError."""
     if not settings.shared_secret:
         raise ValueError("there is no secret: set CACHE_SHARED_SECRET (or GITHUB_TOKEN)")
-    if not _is_peer_id(peer_id):
-        raise ValueError(f"{peer_id!r} is not a peer ID, as 12D3KooW… or Qm…")
+    named = peer_id_of(peer_id)
     if can_be_guessed(settings.shared_secret):
         raise ValueError(f"CACHE_SHARED_SECRET can be guessed. {ADVICE}")
     found = ipaddress.ip_address(ip)
     if found.is_unspecified or "%" in ip:
         raise ValueError(f"{ip!r} is not an address at which others reach a node")
-    address = f"/ip{found.version}/{ip}/tcp/{port}"
+    address = multiaddr(ip, port)
     keyring = Keyring.of(settings, settings.shared_secret.encode())
     registry = Registry(settings.peer_registry or settings.dir / "peers", keyring, settings.peer_ttl)
     private_directory(settings.dir)  # where the registry is by default
-    registry.announce(base58.b58decode(peer_id), [address])
+    registry.announce(named, [address])
     return f"{address}/p2p/{peer_id}"
 
 
-_ADDRESS = re.compile(r"/(?:ip4|ip6|dns|dns4|dns6|dnsaddr)/[A-Za-z0-9.:_%-]+(?:/tcp/\d{1,5})?")
-
-
 def is_peer(text: str) -> bool:
-    """Whether ``text`` is a multiaddr of a peer, with or without its peer ID."""
-    address, named, peer_id = text.rpartition("/p2p/")
-    return bool(_ADDRESS.fullmatch(address if named else text)) and (not named or _is_peer_id(peer_id))
-
-
-def _is_peer_id(text: str) -> bool:
-    """Whether ``text`` is a peer ID: the base58 of a multihash."""
+    """Whether ``text`` is the address of a peer, as a node takes it."""
     try:
-        return len(base58.b58decode(text)) in (34, 38, 39)
+        parse_peer(text)
     except ValueError:
         return False
+    return True
 
 
 def _found(registry: Registry) -> list[Sighting]:

@@ -30,12 +30,13 @@ from libp2p.peer.id import ID
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.ledger import Ledger
+from httpx_p2pcache.multiaddrs import MAX_ADDRESSES, is_loopback
 from httpx_p2pcache.node.discovery import Discovery, Sighting
 from httpx_p2pcache.node.discovery.all import discoveries
 from httpx_p2pcache.node.fetches import Fetches
 from httpx_p2pcache.node.home import Home
 from httpx_p2pcache.node.homes import Homes, anchors_among, core_among, peer_of
-from httpx_p2pcache.node.host import DIAL_SECONDS, Host, announced, is_loopback, reset
+from httpx_p2pcache.node.host import DIAL_SECONDS, Host, announced, reset
 from httpx_p2pcache.node.members import Link, Member
 from httpx_p2pcache.node.presence import ADMISSION_SECONDS, Presence
 from httpx_p2pcache.node.protocol import (
@@ -274,8 +275,9 @@ class Fleet:
             elif isinstance(message, Acquainted):
                 self._acquainted(link, message)
             elif isinstance(message, TellCounts):
-                if link.peer_id in self.members and len(self.members[link.peer_id].counts) < MAX_RUNNERS:
-                    self.members[link.peer_id].counts[message.runner] = message
+                member = self.members.get(link.peer_id)
+                if member is not None and (message.runner in member.counts or len(member.counts) < MAX_RUNNERS):
+                    member.counts[message.runner] = message
             else:
                 await self.home.handle(link, message)
 
@@ -294,9 +296,9 @@ class Fleet:
 
     async def _introduce(self, link: Link) -> None:
         others = [(p, m) for p, m in self.members.items() if p != link.peer_id and self._matters(p)]
-        members = [(p.to_bytes(), m.addresses[:16]) for p, m in others]
+        members = [(p.to_bytes(), m.addresses[:MAX_ADDRESSES]) for p, m in others]
         takes, ready = self.settings.max_body_size, self.joined.is_set()
-        addresses, host = self.addresses[:16], socket.gethostname()
+        addresses, host = self.addresses[:MAX_ADDRESSES], socket.gethostname()
         link.told, link.told_unreached, link.turn = {p for p, _ in others}, self.unreached, next(self._turns)
         await link.send(Introduce(addresses, host, members, takes, ready, self.unreached, link.turn))
 
@@ -380,7 +382,7 @@ class Fleet:
                 if ours != last.told or last.told_unreached != self.unreached:
                     come, gone = sorted(ours - link.told, key=ID.to_bytes), sorted(link.told - ours, key=ID.to_bytes)
                     link.told, link.told_unreached, link.turn = ours, self.unreached, next(self._turns)
-                    new = [(p.to_bytes(), self.members[p].addresses[:16]) for p in come]
+                    new = [(p.to_bytes(), self.members[p].addresses[:MAX_ADDRESSES]) for p in come]
                     left = [p.to_bytes() for p in gone]
                     self.spawn(link.send, Acquainted(new, left, self.unreached, link.turn))
 

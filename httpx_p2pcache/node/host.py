@@ -34,6 +34,7 @@ from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from multiaddr import Multiaddr
 
+from httpx_p2pcache.multiaddrs import is_loopback, multiaddr
 from httpx_p2pcache.node.gate import Gate
 from httpx_p2pcache.node.protocol import PROTOCOL_ID
 from httpx_p2pcache.node.shortcuts import Muxer, Stream, shorten_connection
@@ -203,7 +204,7 @@ class Host:
             ports = {port for a in announced if (port := a.partition("/tcp/")[2].partition("/")[0])}
             if remote is not None and not getattr(connection.muxed_conn, "is_initiator", True):
                 ip = str(remote[0])
-                found += [f"/{'ip6' if ':' in ip else 'ip4'}/{ip}/tcp/{port}" for port in sorted(ports)[:2]]
+                found += [multiaddr(ip, port) for port in sorted(ports)[:2]]
         return [address for address in found if not is_loopback(address)]
 
     @contextlib.asynccontextmanager
@@ -344,15 +345,10 @@ async def reset(stream: Any) -> None:
 def announced(address: str, port: int) -> list[str]:
     """The multiaddrs under which others may reach what listens on ``address``; loopback last."""
     if address not in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
-        return [f"/{'ip6' if ':' in address else 'ip4'}/{address}/tcp/{port}"]
+        return [multiaddr(address, port)]
     found = [str(ip.ip) for adapter in ifaddr.get_adapters() for ip in adapter.ips if ip.is_IPv4]
     outward = [ip for ip in found if not ip.startswith(("127.", "169.254."))]
-    return [f"/ip4/{ip}/tcp/{port}" for ip in [*outward[:8], "127.0.0.1"]]
-
-
-def is_loopback(address: str) -> bool:
-    """Whether a multiaddr leads to the machine that dials it."""
-    return address.startswith(("/ip4/127.", "/ip6/::1/"))
+    return [multiaddr(ip, port) for ip in [*outward[:8], "127.0.0.1"]]
 
 
 def kept_seed(directory: Path | None) -> tuple[int | None, bytes]:

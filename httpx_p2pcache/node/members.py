@@ -223,7 +223,7 @@ class Link:
                 else:
                     await handle(self, message)
             except Exception as exc:  # most often it left before it could be answered
-                logger.debug("a member's %s was not served: %r", type(message).__name__, exc)
+                logger.debug("a member's %s was not served: %r", type(message).__name__, exc, exc_info=True)
             finally:
                 at_work.release()
 

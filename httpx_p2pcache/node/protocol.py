@@ -34,6 +34,7 @@ from msgspec import Meta
 
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.multiaddrs import MAX_ADDRESSES
 from httpx_p2pcache.network import ClaimKey, Key, Question
 from httpx_p2pcache.quota import Quota
 
@@ -46,6 +47,7 @@ Call = Annotated[int, Meta(ge=0, le=2**53)]
 Nonce = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Seconds = Annotated[float, Meta(ge=0, le=31_536_000)]
 Address = Annotated[str, Meta(max_length=256)]
+Addresses = Annotated[list[Address], Meta(max_length=MAX_ADDRESSES)]  # of one peer
 PeerBytes = Annotated[bytes, Meta(min_length=2, max_length=64)]
 
 
@@ -66,9 +68,9 @@ class Proof(Frame):
 class Introduce(Frame):
     """Who I am, whom I know, what I take, and whether I can be asked."""
 
-    addresses: Annotated[list[Address], Meta(max_length=16)]
+    addresses: Addresses
     host: Annotated[str, Meta(max_length=256)]
-    members: Annotated[list[tuple[PeerBytes, Annotated[list[Address], Meta(max_length=16)]]], Meta(max_length=1000)]
+    members: Annotated[list[tuple[PeerBytes, Addresses]], Meta(max_length=1000)]
     takes: Annotated[int, Meta(ge=0)]  # bytes of the largest body that I store
     ready: bool  # I am a home already
     unreached: Annotated[int, Meta(ge=0)] = 0  # how many members of my members I cannot reach
@@ -78,7 +80,7 @@ class Introduce(Frame):
 class Acquainted(Frame):
     """Since my introduction: members who have come (peer ID, addresses) and gone, and whom I cannot reach."""
 
-    come: Annotated[list[tuple[PeerBytes, Annotated[list[Address], Meta(max_length=16)]]], Meta(max_length=1000)]
+    come: Annotated[list[tuple[PeerBytes, Addresses]], Meta(max_length=1000)]
     gone: Annotated[list[PeerBytes], Meta(max_length=1000)]
     unreached: Annotated[int, Meta(ge=0)]
     turn: Annotated[int, Meta(ge=0)] = 0  # as in the introduction

@@ -12,6 +12,7 @@ import trio
 from libp2p.peer.id import ID
 
 from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.multiaddrs import MAX_ADDRESSES
 from httpx_p2pcache.node.discovery import Discovery, Sighting
 from httpx_p2pcache.node.homes import peer_of
 from httpx_p2pcache.node.host import DIAL_SECONDS
@@ -83,7 +84,7 @@ class Candidates:
         known = self._known.get(peer_id or sighting.addresses[0])
         if known is not None:
             # What it says of itself once it is a member is more than what is said of it.
-            known.addresses = list(dict.fromkeys([*sighting.addresses, *known.addresses]))[:16]
+            known.addresses = list(dict.fromkeys([*sighting.addresses, *known.addresses]))[:MAX_ADDRESSES]
             known.seen = now
             known.doubted = known.doubted and sighting.how != "peers"
             return False

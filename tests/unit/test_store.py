@@ -988,6 +988,12 @@ def test_what_is_large_is_not_put_off(idle: Store) -> None:
     assert not put_off(idle, an_entry(), store_module.PUT_OFF_BYTES + 1)
 
 
+def test_no_more_is_put_off_than_there_is_room_for(idle: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(behind_module, "MAX_UNDONE", 4000)
+    assert put_off(idle, an_entry(), 1900)
+    assert not put_off(idle, an_entry(), 1900)
+
+
 def test_who_would_wait_for_another_thread_puts_nothing_off(idle: Store) -> None:
     begun, go = threading.Event(), threading.Event()
 

@@ -181,22 +181,23 @@ class DaemonNode:
         return node
 
     def _run(self) -> None:
-        while not self._closing.is_set():
-            connection = self._connection
-            try:
-                if connection is None:
-                    self.attach()
-                else:
-                    self._heard(_read(connection, self._largest + FRAME_OVERHEAD))
-                continue
-            except WrongFleet as exc:
-                logger.warning("%s", exc)
+        try:
+            while not self._closing.is_set():
+                connection = self._connection
+                try:
+                    if connection is None:
+                        self.attach()
+                    else:
+                        self._heard(_read(connection, self._largest + FRAME_OVERHEAD))
+                    continue
+                except (OSError, EOFError, Rejected) as exc:
+                    logger.debug("the daemon is not there: %r", exc)
                 self._lose(connection)
-                return
-            except (OSError, EOFError, Rejected) as exc:
-                logger.debug("the daemon is not there: %r", exc)
-            self._lose(connection)
-            self._closing.wait(RETRY_SECONDS)
+                self._closing.wait(RETRY_SECONDS)
+        except WrongFleet as exc:
+            logger.warning("%s", exc)
+        finally:
+            self._lose(self._connection)  # also one that was made while we were closed
 
     def _heard(self, body: bytes) -> None:
         self._unheard_since = None

@@ -108,7 +108,7 @@ class Server:
                 await process.read(self._largest + FRAME_OVERHEAD)
                 nursery.cancel_scope.cancel()
         except Exception as exc:  # it has gone, in whatever way
-            logger.debug("a process has left: %r", exc)
+            logger.debug("a process has left: %r", exc, exc_info=True)
         finally:
             self._attached.discard(process)
             process.leave()

@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.multiaddrs import MAX_ADDRESSES, is_loopback
 from httpx_p2pcache.node.protocol import Address, PeerBytes
 
 
@@ -82,7 +83,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     """A node's addresses as it leaves them where others look; sealed, so that only the fleet can read them."""
 
     peer_id: PeerBytes
-    addresses: Annotated[list[Address], Meta(max_length=16)]
+    addresses: Annotated[list[Address], Meta(max_length=MAX_ADDRESSES)]
     host: Annotated[str, Meta(max_length=256)]  # loopback addresses are for the same host only
     written: Annotated[float, Meta(ge=0, le=2**40)]  # Unix time
 
@@ -100,7 +101,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     def sighting(self, host: str, how: str) -> Sighting:
         """What the record tells a node on ``host``."""
         here = self.host == host
-        known = tuple(a for a in self.addresses if here or not a.startswith(("/ip4/127.", "/ip6/::1/")))
+        known = tuple(a for a in self.addresses if here or not is_loopback(a))
         return Sighting(peer_id=self.peer_id, addresses=known, how=how)
 
 

@@ -18,6 +18,7 @@ import msgspec
 
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.multiaddrs import is_loopback
 from httpx_p2pcache.node.discovery import Record, Sighting
 from httpx_p2pcache.settings import Settings
 
@@ -25,7 +26,7 @@ logger = logging.getLogger("httpx_p2pcache")
 
 PLACE = b"artifact"
 ASK_SECONDS = 5.0
-MAX_ADDRESSES = 4  # a name has an end
+NAMED = 4  # addresses: a name has an end
 REFUSED_SECONDS = 300.0  # for which nobody is asked who has refused
 
 
@@ -43,14 +44,14 @@ _LISTED = msgspec.json.Decoder(_Listed)
 
 def artifact_name(keyring: Keyring, peer_id: bytes, addresses: list[str]) -> str:
     """The name that leads others to a node: letters, digits, ``-`` and ``_``."""
-    outward = [a for a in addresses if not a.startswith(("/ip4/127.", "/ip6/::1/"))] or addresses
-    record = Record(peer_id, outward[:MAX_ADDRESSES], socket.gethostname(), time.time())
+    outward = [a for a in addresses if not is_loopback(a)] or addresses
+    record = Record(peer_id, outward[:NAMED], socket.gethostname(), time.time())
     sealed = base64.urlsafe_b64encode(record.seal(keyring, PLACE)).decode().rstrip("=")
     return f"p2pcache-{keyring.label}-{sealed}"
 
 
 class Artifacts:
-    """Reads the list of a run, or of a repository. ``scope`` is ``run`` or ``repository``."""
+    """Reads the list of a run, or of a repository: of what ``path`` leads to at ``api``."""
 
     pause = 10.0
 

@@ -22,9 +22,10 @@ from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
 
 from httpx_p2pcache.entries import Keyring
+from httpx_p2pcache.multiaddrs import MAX_ADDRESSES, is_loopback
 from httpx_p2pcache.node.discovery import Sighting
 from httpx_p2pcache.node.discovery.static import StaticPeers
-from httpx_p2pcache.node.host import Host, is_loopback
+from httpx_p2pcache.node.host import Host
 from httpx_p2pcache.settings import Settings
 
 logger = logging.getLogger("httpx_p2pcache")
@@ -123,7 +124,7 @@ class Dht:
                 if due and keyring is self._keyring and key == key_of(keyring, hour) and await self._provide(near, key):
                     self._provided = {key: trio.current_time()}
         self._found = [
-            Sighting(peer_id=peer_id.to_bytes(), addresses=tuple(addresses[:16]), how="dht")
+            Sighting(peer_id=peer_id.to_bytes(), addresses=tuple(addresses[:MAX_ADDRESSES]), how="dht")
             for peer_id, addresses in list(found.items())[:MAX_FOUND]
             if addresses
         ]

@@ -21,7 +21,7 @@ TYPE = "_httpxp2pcache._tcp.local."
 PLACE = b"mdns"
 PART = 200  # bytes: a TXT record is made of strings of at most 255, key and all
 MAX_HEARD = 1000
-MAX_ADDRESSES = 6  # a record should fit into one packet
+TOLD = 6  # addresses: a record should fit into one packet
 INFO_MS = 1000  # to be told a service's TXT record
 
 
@@ -43,7 +43,7 @@ class LocalNetwork:
         from zeroconf import DNSQuestionType, InterfaceChoice, IPVersion, ServiceBrowser, ServiceInfo, Zeroconf
 
         logging.getLogger("zeroconf").setLevel(logging.CRITICAL)
-        record = Record(peer_id, addresses[:MAX_ADDRESSES], socket.gethostname(), time.time())
+        record = Record(peer_id, addresses[:TOLD], socket.gethostname(), time.time())
         sealed = record.seal(self._keyring, PLACE)
         parts = {f"{at:03}".encode(): sealed[at : at + PART] for at in range(0, len(sealed), PART)}
         zeroconf = Zeroconf(interfaces=self._interfaces or InterfaceChoice.All, ip_version=IPVersion.V4Only)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.multiaddrs import MAX_ADDRESSES
 from httpx_p2pcache.node.discovery import Record, Sighting
 
 MAX_RECORD = 8192  # bytes; a larger file is not one of ours
@@ -85,7 +86,7 @@ class Registry:
         assert self._announced is not None
         peer_id, addresses = self._announced
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        record = Record(peer_id, addresses[:16], socket.gethostname(), now)
+        record = Record(peer_id, addresses[:MAX_ADDRESSES], socket.gethostname(), now)
         name = f"{self._keyring.label}-{hashlib.sha256(peer_id).hexdigest()[:16]}.peer"
         temporary = self._directory / f".{name}.{os.getpid()}"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)

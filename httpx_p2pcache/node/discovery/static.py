@@ -7,8 +7,8 @@ import socket
 import time
 
 from libp2p.peer.id import ID
-from multiaddr import Multiaddr
 
+from httpx_p2pcache.multiaddrs import MAX_ADDRESSES, multiaddr, parse_peer
 from httpx_p2pcache.node.discovery import Sighting
 
 logger = logging.getLogger("httpx_p2pcache")
@@ -39,7 +39,7 @@ class StaticPeers:
         for address, peer_id in self._named:
             known = resolve(address, str(ID(peer_id)) if peer_id else "")
             if known:
-                found.append(Sighting(peer_id=peer_id, addresses=tuple(known[:16]), how="bootstrap"))
+                found.append(Sighting(peer_id=peer_id, addresses=tuple(known[:MAX_ADDRESSES]), how="bootstrap"))
                 self._unknown.discard(address)
             elif address not in self._unknown:
                 self._unknown.add(address)
@@ -65,7 +65,7 @@ def resolve(address: str, peer_id: str) -> list[str]:
         if kind in ("ip4", "ip6"):
             found.append(one)
         elif kind in ("dns", "dns4", "dns6") and rest.startswith("tcp/"):
-            found += [f"/{'ip6' if ':' in ip else 'ip4'}/{ip}/{rest}" for ip in _host(name, kind)]
+            found += [multiaddr(ip, rest.removeprefix("tcp/")) for ip in _host(name, kind)]
         elif kind == "dnsaddr":
             for told in _dnsaddr(name):
                 at, _, whose = told.partition("/p2p/")
@@ -97,11 +97,8 @@ def _dnsaddr(name: str) -> list[str]:
 
 def _parse(text: str, quietly: bool) -> tuple[str, bytes] | None:
     try:
-        address, _, peer_id = str(Multiaddr(text)).partition("/p2p/")
-        if "/tcp/" not in address and not (address.startswith("/dnsaddr/") and peer_id):
-            raise ValueError(text)
-        return address, ID.from_base58(peer_id).to_bytes() if peer_id else b""
-    except Exception:  # multiaddr raises a dozen kinds of errors for text that is no multiaddr
+        return parse_peer(text)
+    except ValueError:
         logger.log(
             logging.DEBUG if quietly else logging.WARNING,
             "CACHE_BOOTSTRAP_PEERS: %r is not the address of a peer, as /ip4/10.0.0.1/tcp/9100/p2p/Qm…, the same "
