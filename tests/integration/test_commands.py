@@ -9,16 +9,19 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from daemons import TOKEN, Runner, having_asked
+from secret import secret_of
 from typer.testing import CliRunner, Result
 from waiting import eventually
 
+from httpx_p2pcache import P2PCacheTransport, Settings
 from httpx_p2pcache.cli.app import app
 from httpx_p2pcache.stats import COUNTERS
 from httpx_p2pcache.testing import Origin, Resource, github_etag, made_up
@@ -284,14 +287,16 @@ def test_no_token_secret_or_query_is_printed(fleet: tuple[Runner, Runner], origi
     assert [text for text in said if any(secret in text for secret in secrets)] == []
 
 
-def test_what_a_peer_says_of_itself_does_not_command_the_terminal(tmp_path: Path) -> None:
-    ours, theirs = (Runner(tmp_path / name, tmp_path / "registry") for name in "ab")
-    theirs.environment["CACHE_ANNOUNCE_ADDRS"] = (
-        "/ip4/127.0.0.1/tcp/1/\x1b[2J,/ip4/127.0.0.1/tcp/1/x\nfalse,/dns4/[/tcp/1/]"
-    )
+def test_what_a_peer_says_of_itself_does_not_command_the_terminal(
+    tmp_path: Path, settings_for: Callable[..., Settings]
+) -> None:
+    ours = Runner(tmp_path / "a", tmp_path / "registry", CACHE_SHARED_SECRET=secret_of(tmp_path))
+    said_of_itself = ("/ip4/127.0.0.1/tcp/1/\x1b[2J", "/ip4/127.0.0.1/tcp/1/x\nfalse", "/dns4/[/tcp/1/]")
+    theirs = settings_for("b")
+    msgspec.structs.force_setattr(theirs, "announce_addrs", said_of_itself)  # which no setting can be
+    member = P2PCacheTransport(settings=theirs)
     try:
         ours.p2pcache("init")
-        theirs.p2pcache("init")
         assert eventually(lambda: ours.status().get("connected_peers") == 1, 30)
         for command in ("peers", "discover"):
             said = invoke(ours, command).stdout
@@ -300,7 +305,7 @@ def test_what_a_peer_says_of_itself_does_not_command_the_terminal(tmp_path: Path
         assert on_a_terminal(ours, "peers")[0] == 0
     finally:
         ours.stop()
-        theirs.stop()
+        member.close()
 
 
 # discover, without a daemon
