@@ -91,7 +91,7 @@ MUTANTS = [
         f"{HARDENING}::test_strangers_that_flood_and_never_read_are_gone_soon_after_their_time",
     ),
     Mutant(
-        "node/fleet.py",
+        "node/reach.py",
         "if said.turn >= member.turn:",
         "if True:",
         f"{ATTACKS}::test_what_a_member_has_said_later_on_another_link_is_not_taken_back",

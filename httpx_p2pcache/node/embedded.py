@@ -125,7 +125,7 @@ class EmbeddedNode:
             "peer_id": str(fleet.host.id),
             "addresses": list(fleet.addresses),
             "connected_peers": len(peers),
-            "unreached": fleet.unreached,
+            "unreached": fleet.reach.unreached,
             "peers": peers,
             "runners": fleet.runners(),
         }

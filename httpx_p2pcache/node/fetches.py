@@ -79,7 +79,7 @@ class Fetches:
         try:
             served, known = await self._publish_at_home(key, claim, parcel, local)
             # In a large fleet it is pulled from the home; only who has granted the claim as well is not left waiting.
-            everybody = widely and not known and not self._fleet.large
+            everybody = widely and not known and not self._fleet.reach.large
             async with trio.open_nursery() as nursery:
                 for member in list(self._fleet.members.values()):
                     concerned = everybody or (held is not None and member.peer_id == held.granter)

@@ -9,7 +9,6 @@ served, and in :meth:`Fleet.spawn`; it is counted, logged at debug, and nobody e
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import os
@@ -30,14 +29,15 @@ from libp2p.peer.id import ID
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.ledger import Ledger
-from httpx_p2pcache.multiaddrs import MAX_ADDRESSES, is_loopback
+from httpx_p2pcache.multiaddrs import is_loopback
 from httpx_p2pcache.node.discovery import Discovery, Sighting
 from httpx_p2pcache.node.discovery.all import discoveries
 from httpx_p2pcache.node.fetches import Fetches
 from httpx_p2pcache.node.home import Home
-from httpx_p2pcache.node.homes import Homes, anchors_among, core_among, peer_of
+from httpx_p2pcache.node.homes import Homes, peer_of
 from httpx_p2pcache.node.host import DIAL_SECONDS, Host, announced, reset
-from httpx_p2pcache.node.members import Link, Member
+from httpx_p2pcache.node.link import Link
+from httpx_p2pcache.node.members import Member
 from httpx_p2pcache.node.presence import ADMISSION_SECONDS, Presence
 from httpx_p2pcache.node.protocol import (
     FRAME_OVERHEAD,
@@ -52,7 +52,8 @@ from httpx_p2pcache.node.protocol import (
     admit,
 )
 from httpx_p2pcache.node.questions import Questions
-from httpx_p2pcache.node.search import BACK_OFF_SECONDS, GRACE_SECONDS, Candidate, Search
+from httpx_p2pcache.node.reach import Reach
+from httpx_p2pcache.node.search import BACK_OFF_SECONDS, Candidate, Search
 from httpx_p2pcache.node.shelf import Shelf
 from httpx_p2pcache.node.worker import Worker
 from httpx_p2pcache.quota import QuotaBoard
@@ -67,12 +68,10 @@ WATCH_SECONDS = 0.5  # between two looks at who owes us something
 REMIND_SECONDS = 2.0
 LOOK_SECONDS = 1.0  # between two looks at who is not needed, and who is a stranger
 COUNTS_SECONDS = 2.0  # between two messages to the members about what has been counted
-JUDGE_SECONDS = 0.01  # for which what is new about members is collected, longer the more there are
 DEMAND_SECONDS = 1.0  # in which those who have asked for the same ask for the next
 NEWCOMER_SECONDS = 0.5  # within which somebody who has connected is expected to know the others
 MAX_LINKS_EACH = 4  # to one peer: two that dial each other at the same moment have two
 MAX_RUNNERS = 1000  # whose counts one member may tell
-MAX_KNOWN = 1000  # members that one member may have
 MAX_HOLDS = 1000  # cache keys in an inventory, the latest used
 FAREWELL_SECONDS = 0.8  # for publications that are under way when we leave
 
@@ -100,12 +99,7 @@ class Fleet:
         self.questions = Questions(self)
         self.search = Search(self, self._discoveries())
         self.presence = Presence(self)
-        self.unreached = 0  # how many members of our members we cannot reach
-        self._judging = False
-        self.there: set[ID] = set()  # members, and members of members
-        self.large = False  # more nodes than one mesh can have
-        self.core = frozenset({self.host.id})  # see homes
-        self.wanted: frozenset[ID] | None = None  # whom to be connected to: None for everybody
+        self.reach = Reach(self)
         self.joined = trio.Event()
         self.stopping = trio.Event()
         self.nursery: trio.Nursery
@@ -115,9 +109,7 @@ class Fleet:
         self._worker = Worker("p2pcache-disk")
         self._ledger = Ledger(self.settings.dir)
         self._began = time.time()
-        self._reminded = itertools.count()
         self._demanded = -math.inf  # when it was last that somebody wanted what another had (the system's clock)
-        self._turns = itertools.count(time.time_ns())  # a node that begins anew goes on above what it has said before
         self.counts = TellCounts("", {})  # of this runner
 
     def _make_host(self) -> Any:
@@ -138,7 +130,7 @@ class Fleet:
                         self.nursery.start_soon(self.search.run, self._get_ready)
                         self._every(WATCH_SECONDS, self.presence.watch)
                         self._every(LOOK_SECONDS, self.presence.show_out_strangers, self.presence.let_go)
-                        self._every(REMIND_SECONDS, self._remind)
+                        self._every(REMIND_SECONDS, self.reach.remind)
                         self._every(COUNTS_SECONDS, self._tell_counts)
                         await self.stopping.wait()
                         await trio.lowlevel.checkpoint()  # what was handed over before that begins
@@ -273,7 +265,7 @@ class Fleet:
                     self._is_ready(self.members[link.peer_id])
                 await link.send(Inventory(message.call, holds, self.fetches.fetching()))
             elif isinstance(message, Acquainted):
-                self._acquainted(link, message)
+                self.reach.told(link, message)
             elif isinstance(message, TellCounts):
                 member = self.members.get(link.peer_id)
                 if member is not None and (message.runner in member.counts or len(member.counts) < MAX_RUNNERS):
@@ -286,21 +278,13 @@ class Fleet:
             return
         self._links[link.peer_id] += 1
         try:
-            await self._introduce(link)  # before it can be a member, and be told that we are ready
+            await self.reach.introduce(link)  # before it can be a member, and be told that we are ready
             await link.serve(handle, self.home.at_once)
         finally:
             self._links[link.peer_id] -= 1
             if not self._links[link.peer_id]:
                 del self._links[link.peer_id]
             self._part_from(link)
-
-    async def _introduce(self, link: Link) -> None:
-        others = [(p, m) for p, m in self.members.items() if p != link.peer_id and self._matters(p)]
-        members = [(p.to_bytes(), m.addresses[:MAX_ADDRESSES]) for p, m in others]
-        takes, ready = self.settings.max_body_size, self.joined.is_set()
-        addresses, host = self.addresses[:MAX_ADDRESSES], socket.gethostname()
-        link.told, link.told_unreached, link.turn = {p for p, _ in others}, self.unreached, next(self._turns)
-        await link.send(Introduce(addresses, host, members, takes, ready, self.unreached, link.turn))
 
     def _introduced(self, link: Link, said: Introduce, how: str, addresses: list[str]) -> None:
         here = said.host == socket.gethostname()
@@ -310,7 +294,7 @@ class Fleet:
         member = self.members.get(link.peer_id)
         if member is None:
             member = self.members[link.peer_id] = Member(link.peer_id, how, reachable)
-            self.reach_changed()
+            self.reach.changed()
             for quota in self.quotas.known():
                 self.spawn(link.send, TellQuota(quota))
         if link not in member.links:
@@ -324,91 +308,9 @@ class Fleet:
         if known is not None:
             known.doubted = False
         link.knows = set()
-        self._acquainted(link, Acquainted(said.members, [], said.unreached, said.turn))
+        self.reach.told(link, Acquainted(said.members, [], said.unreached, said.turn))
         if self.joined.is_set() and link.peer_id not in self._called_ready:
             self.spawn(self._call_ready, member)
-
-    def _acquainted(self, link: Link, said: Acquainted) -> None:
-        """A member tells whom it knows: they may be there for us as well."""
-        member = self.members.get(link.peer_id)
-        if member is None:
-            return
-        local = any(is_loopback(address) for address in member.addresses)
-        for peer_id, addresses in said.come:
-            known = tuple(a for a in addresses if local or not is_loopback(a))
-            self.search.sighted(Sighting(peer_id=peer_id, addresses=known, how="peers"))
-        come = {peer_of(peer_id) for peer_id, _ in said.come}
-        self.search.candidates.awaits(come - self.members.keys(), trio.current_time())
-        link.knows |= come
-        link.knows -= {peer_of(peer_id) for peer_id in said.gone}
-        # It has two links where both have dialled, and what is said on one may be overtaken on the other.
-        if said.turn >= member.turn:
-            before = member.knows, member.unreached
-            member.knows, member.unreached = set(list(link.knows)[:MAX_KNOWN]), said.unreached
-            member.turn = said.turn
-            if before != (member.knows, member.unreached):
-                self.reach_changed()
-        if come - self.members.keys() - {self.host.id}:
-            self.spawn(self._judge_reach)
-
-    async def _judge_reach(self) -> None:
-        await trio.sleep(GRACE_SECONDS)
-        self.reach_changed()
-
-    def reach_changed(self) -> None:
-        """Somebody has come or gone, here or at a member: what that means is found out soon, for all who do at once."""
-        if not self._judging:
-            self._judging = True
-            self.spawn(self._judge)
-
-    async def _judge(self) -> None:
-        """Do we still reach all whom our members reach? Each member is told what is new since it was told last: two
-        that come at the same moment learn of each other only so."""
-        await trio.sleep(min(max(JUDGE_SECONDS, len(self.members) * JUDGE_SECONDS / 5), GRACE_SECONDS))
-        self._judging = False
-        told: set[ID] = set().union(*(member.knows for member in self.members.values())) - {self.host.id}
-        there, before = told | self.members.keys(), self.there
-        self.there = there
-        if self.large:  # where not everybody is dialled, who is known to nobody any more is not counted upon
-            self.search.candidates.doubt(before - there)
-        self.find_core()
-        missing = told - self.members.keys() if self.wanted is None else (told & self.wanted) - self.members.keys()
-        self.unreached = self.search.candidates.unreached(missing, trio.current_time())
-        shown = {peer_id for peer_id in self.members if self._matters(peer_id)}
-        for member in list(self.members.values()):
-            if member.links and (link := member.links[0]).introduced.is_set():
-                ours = shown - {link.peer_id}
-                last = max(member.links, key=lambda one: one.turn)  # on which it was told last how things are
-                if ours != last.told or last.told_unreached != self.unreached:
-                    come, gone = sorted(ours - link.told, key=ID.to_bytes), sorted(link.told - ours, key=ID.to_bytes)
-                    link.told, link.told_unreached, link.turn = ours, self.unreached, next(self._turns)
-                    new = [(p.to_bytes(), self.members[p].addresses[:MAX_ADDRESSES]) for p in come]
-                    left = [p.to_bytes() for p in gone]
-                    self.spawn(link.send, Acquainted(new, left, self.unreached, link.turn))
-
-    def _matters(self, peer_id: ID) -> bool:
-        """Whether everybody should know of it: it can be a home."""
-        return not self.large or peer_id in self.core
-
-    def find_core(self) -> None:
-        """Who are the homes, and to whom are we connected? In a small fleet the same: everybody."""
-        ours, candidates = self.host.id, self.search.candidates
-        known = candidates.promising() | self.members.keys() | {ours}
-        self.core, self.wanted = core_among(known), None
-        self.large = len(self.core) < len(known)
-        if self.large:
-            failing = core_among(candidates.everybody() | known) - self.core
-            linked = self.core & self.members.keys()
-            # Who fails to reach more of the core than it reaches, behind NAT, tries them all.
-            central = ours in self.core or len(failing) > len(linked)
-            self.wanted = (self.core if central else anchors_among(self.core, ours)) | failing
-
-    def unknown_to(self, peer_id: ID) -> list[Member]:
-        """The members whom a member cannot tell something itself."""
-        member = self.members.get(peer_id)
-        if member is None:
-            return []
-        return [one for one in self.members.values() if one is not member and one.peer_id not in member.knows]
 
     async def _get_ready(self) -> None:
         """Everybody whom we could find is connected: now we are a home, and are told what there is."""
@@ -440,7 +342,7 @@ class Fleet:
     def is_settled(self) -> bool:
         """Whether that is so."""
         return self.joined.is_set() and not any(
-            trio.current_time() - member.met < NEWCOMER_SECONDS and self._matters(member.peer_id)
+            trio.current_time() - member.met < NEWCOMER_SECONDS and self.reach.matters(member.peer_id)
             for member in self.members.values()
             if not member.ready
         )
@@ -478,7 +380,7 @@ class Fleet:
             if candidate is not None:
                 candidate.next_try = trio.current_time() + BACK_OFF_SECONDS[0]
                 self.search.look_again()
-        self.reach_changed()
+        self.reach.changed()
 
     async def _go_on(self, member: Member, lost: Link) -> None:
         """A member has another link: each tells the other there what it is fetching for it. The rest was lost."""
@@ -491,21 +393,14 @@ class Fleet:
 
     # What is told again and again
 
-    async def _remind(self) -> None:
-        """One member in turn is told all anew, whatever it may have missed."""
-        if self.members:
-            member = list(self.members.values())[next(self._reminded) % len(self.members)]
-            if member.links:
-                await self._introduce(member.links[0])
-
     async def _tell_counts(self) -> None:
         """What the processes of this runner have counted goes to every member, when it has changed."""
         runner, counts = await self.in_worker(lambda: (self._ledger.runner(), self._ledger.read(self._began)))
         self.counts = TellCounts(runner, {name: n for name, n in total(counts).items() if n})
         for member in list(self.members.values()):
             known = [self.counts]  # and what comes from those whom it does not know itself
-            if not self.large:
-                known += [one for m in self.unknown_to(member.peer_id) for one in m.counts.values()]
+            if not self.reach.large:
+                known += [one for m in self.reach.unknown_to(member.peer_id) for one in m.counts.values()]
             for one in known:
                 if one.runner and member.told_counts.get(one.runner) != one:
                     member.told_counts[one.runner] = one

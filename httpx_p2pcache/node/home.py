@@ -35,7 +35,8 @@ from libp2p.peer.id import ID
 from httpx_p2pcache.claims import CLAIM_LIFE, ClaimTable, Go, Look, Pending, Tidings, Told, Verdict
 from httpx_p2pcache.claims import Granted as ClaimGranted
 from httpx_p2pcache.network import Question, settle
-from httpx_p2pcache.node.members import Link, Member
+from httpx_p2pcache.node.link import Link
+from httpx_p2pcache.node.members import Member
 from httpx_p2pcache.node.protocol import (
     Ask,
     Done,
@@ -119,7 +120,7 @@ class Home:
         if message.id not in self._writes:
             await self._fleet.in_worker(partial(self._fleet.store.invalidate, message.keys))
             if message.id:
-                await self._tell_write(message.keys, message.id, self._fleet.unknown_to(link.peer_id))
+                await self._tell_write(message.keys, message.id, self._fleet.reach.unknown_to(link.peer_id))
         await link.send(Done(message.call))
 
     async def tell_quota(self, quota: Quota) -> None:
@@ -164,7 +165,7 @@ class Home:
             await self._written(link, message)
         elif isinstance(message, TellQuota):
             if self._fleet.quotas.merge(message.quota, time.time()):
-                for member in self._fleet.unknown_to(link.peer_id):
+                for member in self._fleet.reach.unknown_to(link.peer_id):
                     self._fleet.spawn(member.send, message)
         elif isinstance(message, Granted):  # to one of us who has given up
             await link.send(Release(message.claim, message.id, Verdict.ABANDONED))

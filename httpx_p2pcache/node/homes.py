@@ -76,14 +76,14 @@ class Homes:
         fleet = self._fleet
         local = local and not all(member.here for member in fleet.members.values())
         unreached = {m.peer_id: m.unreached for m in fleet.members.values() if m.usable() and (m.here or not local)}
-        if fleet.large and not local:  # who is no member is dialled once it is asked
-            known = {p: unreached.get(p, 0) for p in fleet.core if p in unreached or p not in fleet.members}
+        if fleet.reach.large and not local:  # who is no member is dialled once it is asked
+            known = {p: unreached.get(p, 0) for p in fleet.reach.core if p in unreached or p not in fleet.members}
             known.pop(fleet.host.id, None)
             # The hub of a large fleet behind NAT need not be of its core.
-            if known and fleet.host.id not in fleet.core and fleet.unreached >= min(known.values()):
+            if known and fleet.host.id not in fleet.reach.core and fleet.reach.unreached >= min(known.values()):
                 return home_among(known, key)
             unreached = known
-        return home_among({**unreached, fleet.host.id: fleet.unreached}, key)
+        return home_among({**unreached, fleet.host.id: fleet.reach.unreached}, key)
 
     async def of(self, key: bytes, *, local: bool = False) -> Member | None:
         """The member that is home to ``key``, if need be connected to first; None if it is this node. As :meth:`now`.
@@ -99,7 +99,7 @@ class Homes:
                 try:
                     await fleet.search.reach(home, fleet.settings.lookup_timeout)
                 except OSError:
-                    fleet.find_core()  # without it
+                    fleet.reach.find_core()  # without it
                     continue
                 if not fleet.members[home].usable():
                     continue

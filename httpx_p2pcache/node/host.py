@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hmac
 import logging
 import math
 import os
-import secrets
-import socket
-import tempfile
-import uuid
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -36,12 +31,13 @@ from multiaddr import Multiaddr
 
 from httpx_p2pcache.multiaddrs import is_loopback, multiaddr
 from httpx_p2pcache.node.gate import Gate
+from httpx_p2pcache.node.ports import free_port, port_lock
 from httpx_p2pcache.node.protocol import PROTOCOL_ID
+from httpx_p2pcache.node.seed import kept_seed
 from httpx_p2pcache.node.shortcuts import Muxer, Stream, shorten_connection
 
 logger = logging.getLogger("httpx_p2pcache")
 
-PORTS_TRIED = 100  # after the one asked for; then any
 CLOSE_SECONDS = 1.0
 CONNECT_SECONDS = 1.5  # for one address to accept a connection: a kernel does that, however busy its machine is ...
 DIAL_SECONDS = 5.0  # ... and for that, to secure and multiplex it, and to be admitted
@@ -212,8 +208,8 @@ class Host:
         """Listen on ``port`` of ``address``, or on the next free one; yields the port. Leaves nothing open."""
         ip = "ip6" if ":" in address else "ip4"
         async with contextlib.AsyncExitStack() as stack:
-            async with _port_lock():
-                chosen = _free_port(address, port)
+            async with port_lock():
+                chosen = free_port(address, port)
                 await stack.enter_async_context(self._host.run([Multiaddr(f"/{ip}/{address}/tcp/{chosen}")]))
             try:
                 bound = [int(a.value_for_protocol("tcp")) for a in self._host.get_addrs()]
@@ -349,79 +345,3 @@ def announced(address: str, port: int) -> list[str]:
     found = [str(ip.ip) for adapter in ifaddr.get_adapters() for ip in adapter.ips if ip.is_IPv4]
     outward = [ip for ip in found if not ip.startswith(("127.", "169.254."))]
     return [multiaddr(ip, port) for ip in [*outward[:8], "127.0.0.1"]]
-
-
-def kept_seed(directory: Path | None) -> tuple[int | None, bytes]:
-    """The 32 bytes that a node's key is made of, and the descriptor of the lock on them while they are in use.
-
-    They stay the same for one directory on one machine, so that a hub keeps its address. Of two nodes at a time the
-    second is another; and so is one on another machine, to which the directory was copied.
-    """
-    if directory is None:
-        return None, secrets.token_bytes(32)
-    descriptor = None
-    try:
-        import fcntl
-
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(directory / "node.key", flags, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        kept = os.read(descriptor, 33)
-        if len(kept) != 32:
-            kept = secrets.token_bytes(32)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, kept, 0)
-        machine = f"{socket.gethostname()} {uuid.getnode()}"
-        return descriptor, hmac.digest(kept, machine.encode(), "sha256")
-    except (ImportError, OSError):
-        if descriptor is not None:
-            os.close(descriptor)
-        return None, secrets.token_bytes(32)
-
-
-def _free_port(address: str, port: int) -> int:
-    """``port`` if nobody listens on it, else the next free one.
-
-    py-libp2p listens with SO_REUSEPORT, so that two hosts of one user share a port without any error: we look first.
-    """
-    if port == 0:
-        return 0
-    for candidate in range(port, min(port + PORTS_TRIED, 65536)):
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # TIME_WAIT is not in the way
-            try:
-                probe.bind((address, candidate))
-                probe.listen(1)
-            except OSError as exc:
-                if exc.errno != errno.EADDRINUSE:
-                    raise
-            else:
-                return candidate
-    return 0
-
-
-@contextlib.asynccontextmanager
-async def _port_lock() -> AsyncIterator[None]:
-    """One process of this user at a time looks for a port and takes it: only those could share one by mistake.
-
-    Who cannot have the lock within a second goes on without: then two that start at once may meet, and nothing else.
-    """
-    try:
-        import fcntl
-
-        path = os.path.join(tempfile.gettempdir(), f"p2pcache-port-{os.getuid()}.lock")
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except (ImportError, OSError):
-        yield
-        return
-    try:
-        for _ in range(100):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                await trio.sleep(0.01)
-        yield
-    finally:
-        os.close(descriptor)

@@ -48,19 +48,19 @@ class Presence:
         A node of the core leaves nobody who may be anchored there, unless they are too many.
         """
         fleet, now = self._fleet, trio.current_time()
-        if not fleet.large:
+        if not fleet.reach.large:
             return
         engaged = fleet.home.parties() | fleet.questions.waits_at() | fleet.fetches.granters()
-        kept = engaged | (fleet.wanted or frozenset())
+        kept = engaged | (fleet.reach.wanted or frozenset())
         free = [member for peer_id, member in fleet.members.items() if peer_id not in kept and not member.busy()]
         free.sort(key=Member.used)
         surplus = max(0, len(fleet.members) - MAX_LINKS)
         leaving = free[:surplus]
-        if fleet.host.id not in fleet.core:
+        if fleet.host.id not in fleet.reach.core:
             idle = [member for member in free[surplus:] if now - member.used() > IDLE_SECONDS]
-            leaving += [member for member in idle if member.dialled() or member.peer_id in fleet.core]
+            leaving += [member for member in idle if member.dialled() or member.peer_id in fleet.reach.core]
         for member in leaving:
-            fleet.there.discard(member.peer_id)  # it is not gone
+            fleet.reach.there.discard(member.peer_id)  # it is not gone
             await self.leave(member)
 
     async def leave(self, member: Member) -> None:

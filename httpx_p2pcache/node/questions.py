@@ -21,7 +21,8 @@ from httpx_p2pcache.claims import Look, Pending, Tidings, Verdict
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.network import Answer, Asked, FleetClaim, Unclaimed, settle
 from httpx_p2pcache.node.homes import MAX_HOMES
-from httpx_p2pcache.node.members import Link, Member
+from httpx_p2pcache.node.link import Link
+from httpx_p2pcache.node.members import Member
 from httpx_p2pcache.node.protocol import Answering, Ask, Found, Granted, Wait
 from httpx_p2pcache.node.shelf import MustWait, chosen, helps
 from httpx_p2pcache.stored import Stored

@@ -210,7 +210,7 @@ class Search:
     def _dial_due(self) -> bool:
         """Begin to dial those who are due; whether there were any."""
         if self._news.is_set():
-            self._fleet.find_core()  # whoever was just told of may be more than one mesh can have
+            self._fleet.reach.find_core()  # whoever was just told of may be more than one mesh can have
             self._news = trio.Event()
         due = self._due()
         for candidate in due:
@@ -220,7 +220,7 @@ class Search:
 
     def _until_due(self) -> float:
         """How many seconds it may take until somebody is to be dialled of whom we know already."""
-        due = self.candidates.next_due(self._fleet.members, self._fleet.wanted)
+        due = self.candidates.next_due(self._fleet.members, self._fleet.reach.wanted)
         return min(max(0.05, due - trio.current_time()), LOOK_AROUND_LATER)
 
     async def _look(self, discovery: Discovery, looked: trio.Event) -> None:
@@ -276,7 +276,7 @@ class Search:
         now, members = trio.current_time(), self._fleet.members
         for peer_id in self.candidates.forget_lost(members, now):
             self._fleet.host.forget(peer_id)
-        return self.candidates.due(members, now, self._fleet.wanted)
+        return self.candidates.due(members, now, self._fleet.reach.wanted)
 
     async def reach(self, peer_id: ID, timeout: float) -> None:
         """Dial somebody who is known, now. Raises OSError if it is no member within ``timeout`` seconds."""
@@ -308,7 +308,7 @@ class Search:
             self._news.set()
             self._dialled.set()
             self._dialled = trio.Event()
-            self._fleet.reach_changed()
+            self._fleet.reach.changed()
 
     async def _find_out(self, candidate: Candidate) -> None:
         """Who is at an address whose peer ID was not said: it may be another after each restart."""

@@ -593,7 +593,7 @@ class Simulation:
         """How each node that is alive sees the others."""
         names = {node.fleet.host.id: node.number for node in self.nodes}
         return "; ".join(
-            f"{node.number} (joined: {node.fleet.joined.is_set()}, unreached: {node.fleet.unreached}) sees "
+            f"{node.number} (joined: {node.fleet.joined.is_set()}, unreached: {node.fleet.reach.unreached}) sees "
             + ", ".join(
                 f"{names.get(member.peer_id, '?')} (usable: {member.usable()}, unreached: {member.unreached})"
                 for member in node.fleet.members.values()
@@ -606,11 +606,11 @@ class Simulation:
         alive = [node for node in self.nodes if node.alive]
         everybody = {node.fleet.host.id for node in alive}
         return all(
-            (node.fleet.wanted or everybody) - {node.fleet.host.id} <= node.fleet.members.keys()
-            and node.fleet.core == alive[0].fleet.core <= everybody
+            (node.fleet.reach.wanted or everybody) - {node.fleet.host.id} <= node.fleet.members.keys()
+            and node.fleet.reach.core == alive[0].fleet.reach.core <= everybody
             and node.fleet.joined.is_set()
-            and not node.fleet.unreached
-            and all(m.usable() and not m.unreached for p, m in node.fleet.members.items() if p in node.fleet.core)
+            and not node.fleet.reach.unreached
+            and all(m.usable() and not m.unreached for p, m in node.fleet.members.items() if p in node.fleet.reach.core)
             for node in alive
         )
 

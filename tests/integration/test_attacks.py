@@ -42,7 +42,7 @@ from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Entry, Keyring, body_digest, cache_key, claim_key
 from httpx_p2pcache.network import Question
 from httpx_p2pcache.node.host import Host
-from httpx_p2pcache.node.members import Link
+from httpx_p2pcache.node.link import Link
 from httpx_p2pcache.node.presence import PING_SECONDS
 from httpx_p2pcache.node.protocol import (
     Acquainted,

@@ -39,7 +39,7 @@ from test_attacks import MIB, PROMPT, TARGETS, Hostile, Runner, all_right, an_en
 from httpx_p2pcache import tombstones
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.network import FleetClaim, Question
-from httpx_p2pcache.node import fleet, gate, members
+from httpx_p2pcache.node import fleet, gate, link
 from httpx_p2pcache.node.daemon import client
 from httpx_p2pcache.node.daemon.protocol import Attach, State, from_process
 from httpx_p2pcache.node.protocol import (
@@ -313,7 +313,7 @@ def test_a_member_that_opens_many_links_is_held_to_a_few(start: Start, origin: O
 def test_a_frame_that_is_begun_and_not_ended_costs_its_link(
     start: Start, secret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(members, "FRAME_SECONDS", 1.0, raising=False)
+    monkeypatch.setattr(link, "FRAME_SECONDS", 1.0)
     runner = start("a")
     with Dialling(secret) as member:
         member.open(runner, 3)

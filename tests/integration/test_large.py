@@ -87,7 +87,7 @@ def agreed(runners: list[P2PCacheTransport]) -> bool:
     """Whether they see the same nodes as homes, all of which are there, and reach whom they want to, as all know."""
     there = {runner.stats()["peer_id"] for runner in runners}
     fleets: list[Any] = [runner._exchange.network._fleet for runner in runners]  # type: ignore[attr-defined]
-    seen = {fleet.core for fleet in fleets}
-    reached = [fleet.unreached for fleet in fleets]
+    seen = {fleet.reach.core for fleet in fleets}
+    reached = [fleet.reach.unreached for fleet in fleets]
     reached += [member.unreached for fleet in fleets for member in list(fleet.members.values())]
     return len(seen) == 1 and {str(peer_id) for peer_id in next(iter(seen))} <= there and not any(reached)

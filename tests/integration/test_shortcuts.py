@@ -40,7 +40,7 @@ from multiaddr import Multiaddr
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.network import Question
 from httpx_p2pcache.node.host import Host
-from httpx_p2pcache.node.members import Link
+from httpx_p2pcache.node.link import Link
 from httpx_p2pcache.node.protocol import PROTOCOL_ID, Ask, Found, pack
 from httpx_p2pcache.node.shortcuts import Muxer, Sieve, Stream
 

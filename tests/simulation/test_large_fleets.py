@@ -49,7 +49,7 @@ async def ask(simulation: Simulation, nodes: list[SimulatedNode], *paths: str) -
 
 def outside(simulation: Simulation) -> list[SimulatedNode]:
     """The nodes outside the core."""
-    core = simulation.nodes[0].fleet.core
+    core = simulation.nodes[0].fleet.reach.core
     return [node for node in simulation.nodes if node.fleet.host.id not in core]
 
 
@@ -62,7 +62,7 @@ def links(node: SimulatedNode) -> int:
 def test_all_are_served_by_one_fetch_of_each(seed: int, known: int | None) -> None:
     async def script(simulation: Simulation) -> None:
         paths = [f"/{number}" for number in range(12)]
-        assert len(simulation.nodes[0].fleet.core) == 6
+        assert len(simulation.nodes[0].fleet.reach.core) == 6
         await ask(simulation, simulation.nodes, *paths)
         assert [len(simulation.origin.fetched(path)) for path in paths] == [1] * 12
 
@@ -126,7 +126,7 @@ def test_what_is_published_goes_to_its_home_and_not_to_everybody() -> None:
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_when_a_home_dies_another_takes_its_place_in_the_eyes_of_all(seed: int) -> None:
     async def script(simulation: Simulation) -> None:
-        core = simulation.nodes[0].fleet.core
+        core = simulation.nodes[0].fleet.reach.core
         victim = next(node for node in simulation.nodes if node.fleet.host.id in core)
         victim.crash()
         alive = [node for node in simulation.nodes if node is not victim]

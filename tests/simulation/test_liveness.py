@@ -38,13 +38,13 @@ def test_what_was_said_last_on_whichever_link_is_what_is_known() -> None:
         (theirs,), (ours,) = one.fleet.members.values(), other.fleet.members.values()
         first, second = theirs.links  # both have dialled
         for link in (second, first):
-            one.fleet.unreached = 1  # for a moment, in which it introduces itself on one of them
-            await one.fleet._introduce(link)
+            one.fleet.reach.unreached = 1  # for a moment, in which it introduces itself on one of them
+            await one.fleet.reach.introduce(link)
             await trio.sleep(0.1)
             assert ours.unreached == 1
-            one.fleet.reach_changed()
+            one.fleet.reach.changed()
             await trio.sleep(0.2)
-            assert (one.fleet.unreached, ours.unreached) == (0, 0)
+            assert (one.fleet.reach.unreached, ours.unreached) == (0, 0)
 
     simulation.play(script)
 

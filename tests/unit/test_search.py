@@ -19,7 +19,6 @@ from libp2p.peer.id import ID
 from httpx_p2pcache.node.discovery import Sighting
 from httpx_p2pcache.node.gate import MAX_FAILURES, MAX_STRANGERS, NOISY_SECONDS, Gate
 from httpx_p2pcache.node.homes import home_among
-from httpx_p2pcache.node.host import kept_seed
 from httpx_p2pcache.node.search import (
     BACK_OFF_SECONDS,
     BACK_OFF_SHORT,
@@ -30,6 +29,7 @@ from httpx_p2pcache.node.search import (
     REFUSED_SECONDS,
     Candidates,
 )
+from httpx_p2pcache.node.seed import kept_seed
 
 
 def peer(number: int) -> ID:
