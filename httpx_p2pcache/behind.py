@@ -6,7 +6,8 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 MAX_UNDONE = 32 * 1024**2  # bytes that may wait for the thread: who brings more waits for it himself
 UNDONE_BYTES = 2048  # that one takes beside its body, more or less
@@ -17,7 +18,8 @@ IDLE_SECONDS = 5.0  # after which a thread that has nothing to write ends
 Work = TypeVar("Work")
 
 
-class _Job(NamedTuple, Generic[Work]):
+@dataclass(frozen=True)  # Python 3.10 knows no generic NamedTuple
+class _Job(Generic[Work]):
     key: bytes
     size: int
     work: Work
@@ -42,6 +44,7 @@ class Behind(Generic[Work]):
         self._jobs: deque[_Job[Work]] = deque()
         self._bytes = 0
         self._keys: Counter[bytes] = Counter()
+        self._at_work = False  # who does some of it is not to begin with the rest before it is done
         self._thread: threading.Thread | None = None
         self._no_more = threading.Event()  # for the thread of this moment
 
@@ -74,9 +77,9 @@ class Behind(Generic[Work]):
             self.flush()
 
     def flush(self) -> None:
-        """Do all of it now; waits for another process no longer than a single job does."""
+        """Do all of it now, unless a job calls this; waits for another process no longer than a single job does."""
         patient = True
-        while self._jobs:
+        while self._jobs and not self._at_work:
             patient = self._do_some(patient)
 
     def end(self) -> threading.Thread | None:
@@ -110,5 +113,10 @@ class Behind(Generic[Work]):
             self._keys[job.key] -= 1
             if not self._keys[job.key]:
                 del self._keys[job.key]
-        # There is nothing to do where another thread has been quicker.
-        return self._do(work, patient) and patient if work else patient
+        if not work:  # another thread has been quicker
+            return patient
+        self._at_work = True
+        try:
+            return self._do(work, patient) and patient
+        finally:
+            self._at_work = False

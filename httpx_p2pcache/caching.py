@@ -70,8 +70,10 @@ class CachingTransport:
     def _revalidate(self, way: Way, request: Any) -> None:
         """What goes on after a stale answer was given; the caller has it, and hears of no failure."""
         response = self._response(self._drive(way, request), request)
-        response.read()
-        response.close()
+        try:
+            response.read()
+        finally:
+            response.close()
 
     async def _handle_async(self, request: Any) -> Any:
         asked = _asked(request)
@@ -93,8 +95,11 @@ class CachingTransport:
     async def _async_revalidate(self, way: Way, request: Any) -> None:
         try:
             response = self._response(await self._async_drive(way, request), request, sync=False)
-            await response.aread()
-            await response.aclose()
+            try:
+                await response.aread()
+            finally:
+                with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_SECONDS):
+                    await response.aclose()
         except Exception as exc:
             logger.debug("a revalidation in the background has failed: %s", type(exc).__name__)
 
@@ -285,9 +290,13 @@ class _KeptStream:
         self._keep = keep
 
     def __iter__(self) -> Iterator[bytes]:
-        for chunk in self._stream:
-            self._keep.feed(chunk)
-            yield chunk
+        try:
+            for chunk in self._stream:
+                self._keep.feed(chunk)
+                yield chunk
+        except Exception:
+            self._keep.abandon()
+            raise
         if not self._keep.put_off():
             self._keep.finish()
 
@@ -295,6 +304,9 @@ class _KeptStream:
         self._keep.abandon()
         if hasattr(self._stream, "close"):
             self._stream.close()
+
+    def __del__(self) -> None:
+        self._keep.forget()
 
 
 class _AsyncKeptStream:
@@ -305,9 +317,13 @@ class _AsyncKeptStream:
         self._keep = keep
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for chunk in self._stream:
-            self._keep.feed(chunk)
-            yield chunk
+        try:
+            async for chunk in self._stream:
+                self._keep.feed(chunk)
+                yield chunk
+        except Exception:
+            self._keep.abandon()
+            raise
         if not self._keep.put_off():
             await in_thread(self._keep.finish)
 
@@ -315,3 +331,6 @@ class _AsyncKeptStream:
         self._keep.abandon()
         if hasattr(self._stream, "aclose"):
             await self._stream.aclose()
+
+    def __del__(self) -> None:
+        self._keep.forget()

@@ -44,6 +44,7 @@ _CREDENTIAL_PARAMETERS = re.compile(
     r"|bearer)|key|sig|code)=(?!(?:true|false|[01]?)(?:&|$))",
     re.IGNORECASE,
 )
+_CURSOR = re.compile(r"(?:next|(?:next_?)?page|continuation)[_-]?token")  # which names a place in a list
 # No alternative may give back what another could take: a hostile field would cost the square of its length.
 _LINK = re.compile(
     r"""\s*<([^<>]*)>((?:\s*;\s*[^\s=;,"<>]+(?:\s*=\s*(?:"[^"\\]*(?:\\.[^"\\]*)*"|[^\s;,"<>]+))?)*)\s*(?:,|$)"""
@@ -120,7 +121,10 @@ def body_digest(body: bytes) -> bytes:
 
 def carries_credentials(url: str) -> bool:
     """Whether a URL's query holds a secret: such a request is neither stored nor shared."""
-    return _CREDENTIAL_PARAMETERS.search(url) is not None
+    # GitHub's list of an Actions cache takes the beginning of a key, which is none in this sense.
+    caches = url.partition("?")[0].endswith("/actions/caches")
+    named = (match[0][1:-1].lower() for match in _CREDENTIAL_PARAMETERS.finditer(url))
+    return not all(_CURSOR.fullmatch(name) or (caches and name == "key") for name in named)
 
 
 @lru_cache(maxsize=1024)
@@ -250,6 +254,11 @@ class Keyring:
             return Asker(EVERYONE, b"")
         held = [(name, request.headers[name]) for name in request.headers if is_credential(name)]
         return self._asker(*sorted(held)) if held else Asker(ANONYMOUS, b"")
+
+    def payer(self, request: Request) -> str:
+        """The identity whose limits a request counts against: of its own credentials, also where all count as one."""
+        held = [(name, request.headers[name]) for name in request.headers if is_credential(name)]
+        return self._asker(*sorted(held)).identity if held else ANONYMOUS
 
     def _asker_of(self, *held: tuple[str, str]) -> Asker:
         digest = hmac.digest(self._identity, repr([*held]).encode(), "sha256")

@@ -47,7 +47,7 @@ from httpx_p2pcache.entries import (
 )
 from httpx_p2pcache.freshness import directives
 from httpx_p2pcache.github import GitHub, endpoint
-from httpx_p2pcache.keep import Keep
+from httpx_p2pcache.keep import Keep, let_go_of_forgotten
 from httpx_p2pcache.lease import Lease
 from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.lookup import CACHEABLE, FOR_THE_ORIGIN, SPECIAL, Lookup
@@ -59,6 +59,7 @@ from httpx_p2pcache.store import Store
 from httpx_p2pcache.stored import Stored
 
 _NEVER_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"})  # as clients name it
+REFUSALS = frozenset({401, 403, 404, 410, 451})
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})  # RFC 9110 §9.2.1
 
 
@@ -158,6 +159,7 @@ class Exchange:
         ``patience`` is for how many seconds it waits for others at the most; None: for as long as a claim lives.
         ``background``: the answer may have an ``afterwards``. See the module's head.
         """
+        let_go_of_forgotten()
         self.stats.add("requests", endpoint=endpoint(request.method, request.url))
         wishes = directives(request.headers)
         if request.method not in CACHEABLE:
@@ -169,6 +171,8 @@ class Exchange:
             or len(request.url) > MAX_URL
             or carries_credentials(request.url)
         ):
+            if "only-if-cached" in wishes:  # §5.2.1.7
+                return Answer(None, None, "detail=only-if-cached", caching("local"))
             sent = time.time()
             answer = yield from self.pass_by(request, "bypass")
             if no_store and FOR_THE_ORIGIN.isdisjoint(request.headers) and "content-length" not in request.headers:
@@ -225,9 +229,14 @@ class Exchange:
 
     def heed_refusal(self, request: hishel.Request, reply: Reply | None, sent: float) -> Generator[Effect, Any, None]:
         """Where this identity may not see it, or it is gone: nothing older is served stale afterwards."""
-        if reply is not None and reply.status in (401, 403, 404, 410) and not refuses(reply.status, reply.headers):
+        if reply is not None and reply.status in REFUSALS and not self.is_limit(request, reply):
             identity = self.keyring.asker(self.github.seen(request)).identity
             yield Run(partial(self.store.refuse, cache_key(request.url), identity, since=sent))
+
+    def is_limit(self, request: hishel.Request, reply: Reply) -> bool:
+        """Whether a rate limit is why the origin refuses, as far as the head of its answer tells."""
+        asks_github = self.github.follows(request.url)
+        return reply.status == 429 or (reply.status == 403 and asks_github and refuses(403, reply.headers))
 
     def send(self, request: hishel.Request, added: dict[str, str]) -> Generator[Effect, Any, Reply]:
         """The origin's reply to the request with these fields added; counted, and its limits noted."""
@@ -248,8 +257,8 @@ class Exchange:
     def note_quota(self, request: hishel.Request, reply: Reply) -> None:
         """What the origin says of its limits goes on the board, and to the fleet."""
         if self.github.follows(request.url):
-            identity = self.keyring.asker(self.github.seen(request)).identity
-            quota = self.quotas.note(identity, request.url, reply.status, reply.headers, time.time())
+            payer = self.keyring.payer(self.github.seen(request))
+            quota = self.quotas.note(payer, request.url, reply.status, reply.headers, time.time())
             if quota is not None:
                 self.network.tell_quota(quota)
 
@@ -277,6 +286,9 @@ class Exchange:
         if "public" not in control or not control.keys().isdisjoint(("private", "proxy-revalidate", "s-maxage")):
             return False
         if "set-cookie" in stored.entry.headers:
+            return False
+        made = stored.entry.received - stored.entry.initial_age
+        if self.store.refused(cache_key(stored.entry.url), asker.identity, made):
             return False
         return asker.identity == ANONYMOUS or not self.github.follows(stored.entry.url)
 

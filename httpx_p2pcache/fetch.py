@@ -31,10 +31,10 @@ from httpx_p2pcache.freshness import (
     storable_fields,
     vary_names,
 )
-from httpx_p2pcache.github import adopted, endpoint
+from httpx_p2pcache.github import adopted, decoded, endpoint
 from httpx_p2pcache.keep import Keep
 from httpx_p2pcache.lease import Lease
-from httpx_p2pcache.quota import refuses
+from httpx_p2pcache.quota import speaks_of_limits
 from httpx_p2pcache.stored import Stored
 
 if TYPE_CHECKING:
@@ -42,7 +42,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("httpx_p2pcache")
 
-_OF_NO_RESOURCE = frozenset({202, 407, 408, 421, 425})  # not yet; not by this proxy, in this time, here, so early
+FAILING = frozenset({429, 500, 502, 503, 504})  # RFC 5861 §4, and what is refused for too many calls
+# Not yet; not by this proxy, in this time, here, so early; not so many.
+_OF_NO_RESOURCE = frozenset({202, 407, 408, 421, 425, 429})
+_EVENTS = "text/event-stream"
 _GITHUB_STALE_SECONDS = 86_400.0
 
 
@@ -55,15 +58,15 @@ class Fetch:
         self._exchange = lookup.exchange
         self._request = lookup.request
         self._held = lookup.held
+        self._why = "miss"  # the origin is asked, as RFC 9211 §2.2 names it
+        if lookup.held:
+            self._why = "request" if lookup.held[0].fresh(time.time()) else "stale"
 
     def way(self, state: hishel.AnyState) -> Way:
         """Steps 5 to 7, from what hishel's machine says to what is held."""
         exchange = self._exchange
-        why = "stale" if self._held else "miss"
-        if self._held:
+        if self._why == "stale":
             exchange.stats.add("expirations", endpoint=endpoint(self._request.method, self._request.url))
-        if self._lookup.shown.headers:
-            why = "request"
         begun = self._begun()
         while True:
             assert isinstance(state, (hishel.CacheMiss, hishel.NeedRevalidation))
@@ -77,7 +80,7 @@ class Fetch:
                 if self._lookup.conditional:
                     added = combined(self._request.headers, added)
             sent = time.time()
-            reply = yield from self._reply(added)
+            reply = yield from self._reply(added, sent)
             if isinstance(reply, Answer):
                 return reply
             if begun is not None and reply.status in (206, 416):
@@ -89,15 +92,15 @@ class Fetch:
             if reply.status == 304:
                 if self._is_ambiguous(added, reply):  # once more, with the caller's own tags alone
                     yield Discard()
-                    state, why = self._lookup.nothing(), "miss"
+                    state, self._why = self._lookup.nothing(), "miss"
                     continue
                 if isinstance(state, hishel.CacheMiss) or not self._proves_ours(state, reply):
                     # It is about the caller's copy, or about none at all: those who wait need one.
                     self._lease.settle(Verdict.ABANDONED)
-                    return Answer(None, reply, f"fwd={why}; fwd-status=304", caching("origin"))
+                    return Answer(None, reply, f"fwd={self._why}; fwd-status=304", caching("origin"))
                 yield Discard()
                 if not self._names_ours(state, reply):
-                    state, why = self._lookup.nothing(), "miss"
+                    state, self._why = self._lookup.nothing(), "miss"
                     continue
             if isinstance(state, hishel.CacheMiss):
                 storable = may_be_stored(self._request.method, reply.status, reply.headers)
@@ -106,33 +109,33 @@ class Fetch:
             if not isinstance(state, hishel.CacheMiss):
                 storable = isinstance(state, hishel.StoreAndUse)
                 break
-            why = "miss"  # a 304 that fits nothing we hold: once more, without conditions of ours
+            self._why = "miss"  # a 304 that fits nothing we hold: once more, without conditions of ours
         if isinstance(state, hishel.NeedToBeUpdated):
             return (yield from self._freshen(state, reply, sent))
         if self._request.method == "HEAD" and reply.status == 200:
             yield Run(partial(self._compare_with_head, reply, sent))
         yield from exchange.heed_refusal(self._request, reply, sent)
         keep = None
-        # A 202 says "not yet", at GitHub with a lifetime; whoever asks again wants to know whether it is there now.
-        if storable and reply.status != 202 and not _too_large(reply, exchange.settings.max_body_size):
+        if storable and _is_of_use(reply) and not _too_large(reply, exchange.settings.max_body_size):
             keep = Keep(self._lookup, reply, sent, self._lease)
         else:
             if self._request.method == "GET" and _says_what_is_there(reply):
                 # §4.3.3: a full answer says that what we hold is none any more; a refusal says it to this identity.
                 refused = reply.status in (401, 403)
-                ours = [s for s in self._held if not refused or s.entry.identity == self._lookup.asker.identity]
+                held = [*self._held, *self._lookup.parts]
+                ours = [s for s in held if not refused or s.entry.identity == self._lookup.asker.identity]
                 yield Run(partial(exchange.store.remove, self._lookup.key, ours))
             self._lease.settle(Verdict.FAILED if reply.status >= 500 else Verdict.UNSTORABLE)
-        status = f"fwd={why}"
-        if why == "stale":
+        status = f"fwd={self._why}"
+        if self._why == "stale":
             status += f"; fwd-status={reply.status}"
         if keep is not None:
             status += "; stored"
         return Answer(None, reply, status, caching("origin", stored=keep is not None), keep)
 
-    def _reply(self, added: dict[str, str]) -> Generator[Effect, Any, Reply | Answer]:
+    def _reply(self, added: dict[str, str], sent: float) -> Generator[Effect, Any, Reply | Answer]:
         """What the origin says; or a stale answer in the place of what it would refuse, or fails to say (step 7)."""
-        stale = self._stale("its rate limit") if self._is_refused(time.time()) else None
+        stale = self._stale("its rate limit", asked=False) if self._is_refused(sent) else None
         if stale is not None:
             return stale
         try:
@@ -142,12 +145,30 @@ class Fetch:
             if stale is None:
                 raise
             return stale
-        if _failing(reply):
+        if reply.status == 403 and self._exchange.is_limit(self._request, reply):
+            return (yield from self._forbidden(reply, sent))
+        if reply.status in FAILING:
             stale = self._stale(str(reply.status))
             if stale is not None:
                 yield Discard()
                 return stale
         return reply
+
+    def _forbidden(self, reply: Reply, sent: float) -> Generator[Effect, Any, Answer]:
+        """A 403 whose head is that of a rate limit: whether it is one, or a refusal to this identity, its body says."""
+        exchange = self._exchange
+        entry = self._lookup.entry(reply, (yield Read()), sent)
+        if self._request.method == "GET" and speaks_of_limits(decoded(entry) or b""):
+            stale = self._stale("403")
+            if stale is not None:
+                yield Discard()
+                return stale
+        else:
+            identity = self._lookup.asker.identity
+            yield Run(partial(exchange.store.refuse, self._lookup.key, identity, since=sent))
+        yield Discard()
+        self._lease.settle(Verdict.UNSTORABLE)
+        return Answer(exchange.store.passing(entry), None, f"fwd={self._why}", caching("origin"))
 
     def _decided(
         self, state: hishel.NeedRevalidation, reply: Reply, respelt: str | None
@@ -175,7 +196,8 @@ class Fetch:
         sent = time.time()
         answer = yield from self._exchange.pass_by(self._request, "miss")
         yield from self._exchange.heed_refusal(self._request, answer.reply, sent)
-        if answer.reply is not None and self._storable(answer.reply):
+        # A part that was asked for by If-Range need not say what kind of thing it is of (RFC 9110 §15.3.7.1).
+        if answer.reply is not None and self._storable(answer.reply) and "if-range" not in self._request.headers:
             answer.keep = Keep(self._lookup, answer.reply, sent, self._lease)
             answer.cache_status += "; stored"
             answer.caching["stored"] = True
@@ -184,7 +206,7 @@ class Fetch:
     def _storable(self, reply: Reply) -> bool:
         """Whether the answer to a range may be stored: a part, or the whole if the origin ignores ranges."""
         return (
-            reply.status in (200, 206)
+            (reply.status == 200 or (reply.status == 206 and "content-range" in reply.headers))
             and may_be_stored("GET", 200, reply.headers)
             and not _too_large(reply, self._exchange.settings.max_body_size)
         )
@@ -216,7 +238,7 @@ class Fetch:
             self._lease.publish(entry)
         else:
             self._lease.settle(Verdict.UNSTORABLE)
-        stored = stored or exchange.store.passing(part, entry)
+        stored = stored or exchange.store.passing(entry, part.id)
         status = "fwd=partial; fwd-status=206" + ("; stored" if stored.id != part.id else "")
         return Answer(stored, None, status, caching("origin", stored=stored.id != part.id), age=entry.initial_age)
 
@@ -272,7 +294,7 @@ class Fetch:
             fresh = yield Run(partial(exchange.store.save, entry, since=sent))
         if fresh is None:  # or it was written to meanwhile: an answer to this request, and to no other
             self._lease.settle(Verdict.ABANDONED)
-            fresh = exchange.store.passing(stored, entry)
+            fresh = exchange.store.passing(entry, stored.id)
         elif other is not None and self._lease.fleet is None:
             self._lease.settle(Verdict.PUBLISHED)  # it proves something to this identity only
         elif self._lookup.shareable(entry):
@@ -282,7 +304,8 @@ class Fetch:
         asked = endpoint(self._request.method, self._request.url)
         exchange.stats.add("revalidated", endpoint=asked)
         exchange.stats.add("bytes_from_cache", len(entry.body), endpoint=asked)
-        status = f"fwd=stale; fwd-status=304; ttl={fresh.fresh_for - int(entry.initial_age)}"
+        why = "request" if self._why == "request" else "stale"
+        status = f"fwd={why}; fwd-status=304; ttl={fresh.fresh_for - int(entry.initial_age)}"
         proven = caching("origin", from_cache=True, revalidated=True)
         return self._lookup.viewed(Answer(fresh, None, status, proven, age=entry.initial_age))
 
@@ -293,7 +316,7 @@ class Fetch:
         if "date" not in reply.headers:
             headers["date"] = [formatdate(now, usegmt=True)]  # RFC 9110 §6.6.1: the old one is not the reply's
         age = initial_age(storable_fields(reply.headers), sent, now)
-        selecting = self._lookup.selecting(vary_names(headers))
+        selecting = self._lookup.selecting(headers)
         return self._lookup.asker.vouch(
             msgspec.structs.replace(
                 entry,
@@ -311,8 +334,9 @@ class Fetch:
         for stored in self._held:
             if stored.entry.method != "GET" or stored.entry.status != 200:
                 continue
+            unsaid = {"content-length": str(len(stored.entry.body))}  # where it came in chunks
             if all(
-                name not in reply.headers or reply.headers[name] == stored.entry.first(name)
+                name not in reply.headers or reply.headers[name] == (stored.entry.first(name) or unsaid.get(name))
                 for name in ("etag", "last-modified", "content-length")
             ):
                 validated = "etag" in reply.headers or "last-modified" in reply.headers
@@ -321,12 +345,18 @@ class Fetch:
                 store.refresh(stored, self._renewed(stored.entry, stored.entry.headers, reply, sent), since=sent)
             else:
                 store.remove(self._lookup.key, [stored])
+        tag = reply.headers.get("etag")
+        if tag is not None:
+            others = [part for part in self._lookup.parts if parts.strong_tag(part.entry) != tag]
+            store.remove(self._lookup.key, others)
 
     def _is_refused(self, now: float) -> bool:
         github, quotas = self._exchange.github, self._exchange.quotas
-        return github.follows(self._request.url) and quotas.refused(self._lookup.asker.identity, self._request.url, now)
+        if not github.follows(self._request.url):
+            return False
+        return quotas.refused(self._exchange.keyring.payer(self._lookup.seen), self._request.url, now)
 
-    def _stale(self, cause: str) -> Answer | None:
+    def _stale(self, cause: str, *, asked: bool = True) -> Answer | None:
         """Step 7: a stale entry that may stand in for an origin that fails (RFC 5861 §4), or None."""
         exchange, now = self._exchange, time.time()
         if self._lookup.shown.headers:
@@ -340,9 +370,10 @@ class Fetch:
             exchange.stats.add("stale_served", endpoint=endpoint(self._request.method, self._request.url))
             parts = urlsplit(self._request.url)
             logger.warning("%s%s: served stale, %d s old, because of %s", parts.netloc, parts.path, age, cause)
-            status = f"fwd=stale; ttl={stored.fresh_for - int(age)}; detail=stale-if-error"
+            status = "fwd=stale" if asked else "hit"
             if cause.isdecimal():
-                status = status.replace("fwd=stale;", f"fwd=stale; fwd-status={cause};")
+                status += f"; fwd-status={cause}"
+            status += f"; ttl={stored.fresh_for - int(age)}; detail=stale-if-error"
             self._lease.settle(Verdict.FAILED)
             return self._lookup.viewed(Answer(stored, None, status, caching("local", from_cache=True), age=age))
         return None
@@ -363,12 +394,19 @@ def _lists(headers: Headers) -> dict[str, list[str]]:
 
 
 def _says_what_is_there(reply: Reply) -> bool:
-    return reply.status < 500 and reply.status not in _OF_NO_RESOURCE and not refuses(reply.status, reply.headers)
+    return reply.status < 500 and reply.status not in _OF_NO_RESOURCE
 
 
-def _failing(reply: Reply) -> bool:
-    """Whether the origin is down, or refuses for its limits."""
-    return reply.status in (500, 502, 503, 504) or refuses(reply.status, reply.headers)  # RFC 5861 §4
+def _is_of_use(reply: Reply) -> bool:
+    """Whether an answer that may be stored can ever be an answer again: else nobody waits for it."""
+    if (
+        reply.status == 202
+    ):  # "not yet", at GitHub with a lifetime: whoever asks again wants to know whether it is there
+        return False
+    if "*" in vary_names(_lists(reply.headers)) or (reply.headers.get("content-type") or "").startswith(_EVENTS):
+        return False
+    unproven = directives(reply.headers).get("no-cache", "") is None
+    return not unproven or "etag" in reply.headers or "last-modified" in reply.headers
 
 
 def _too_large(reply: Reply, limit: int) -> bool:

@@ -239,6 +239,11 @@ def machine_response(response: hishel.Response) -> hishel.Response:
     return hishel.Response(response.status_code, Headers(shown))
 
 
+# What no runner gives to others, or takes from them: a refusal is for its own token, a failure for its own connection.
+_FOR_ONE = frozenset({401, 403, 407, 408, 421, 425, 426, 428, 429, 431, 451})
+NEVER_STORED = frozenset({428, 429, 431, 511})  # RFC 6585 §3 to §6
+
+
 def may_be_stored(method: str, status: int, headers: Headers | Mapping[str, list[str]]) -> bool:
     """Whether hishel's machine lets a private cache store a response (§3) to a plain request."""
     lines = _control_lines(headers)
@@ -248,11 +253,18 @@ def may_be_stored(method: str, status: int, headers: Headers | Mapping[str, list
 
 @lru_cache(maxsize=256)
 def _may_be_stored(method: str, status: int, expires: bool, *control: str) -> bool:
+    if status in NEVER_STORED or status > 599:
+        return False
     fields: dict[str, str | list[str]] = {"cache-control": [*control], **({"expires": "0"} if expires else {})}
     asked = hishel.Request(method, "https://origin.invalid/", Headers({}))
     state = hishel.CacheMiss(options=CacheOptions(shared=False), request=asked)
     seen = machine_response(hishel.Response(status, Headers(fields)))
     return isinstance(state.next(seen), hishel.StoreAndUse)
+
+
+def is_for_others(status: int) -> bool:
+    """Whether a response with this status is given to other runners, and taken from them."""
+    return status < 500 and status not in _FOR_ONE
 
 
 def vary_names(headers: Mapping[str, list[str]]) -> list[str]:

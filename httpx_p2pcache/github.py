@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, cast
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, parse_qsl, urlsplit
 
 import hishel
 import msgspec
@@ -61,7 +61,7 @@ _VARIABLE = re.compile(r"\d+|[0-9a-f]{7,40}")
 # GitHub's Link fields name by number what the request has named by name.
 _NUMBERED = {"repositories": ("repos", 1), "organizations": ("orgs", 1), "user": ("users", 1)}
 _NAMED = {"repos": 2, "orgs": 1, "users": 1}
-DEFAULT_PER_PAGE = 30
+DEFAULT_PER_PAGE, MAX_PER_PAGE = 30, 100
 # Words of GitHub's own paths, told apart in counts; whatever else stands in one may be a name of somebody's.
 _WORDS = frozenset(
     (  # noqa: SIM905 - as a list it is ninety lines
@@ -129,7 +129,7 @@ class GitHub:
         bound = tuple(headers.get(name) for name in BOUND_FIELDS)
         if bound not in memo:
             body = decoded(entry)
-            usable = body is not None and not may_have_grown(entry) and links_stay(entry)
+            usable = body is not None and not may_have_grown(entry) and links_stay(entry) and _is_plain(entry)
             memo[bound] = f'W/"{computed_etag(headers, body)}"' if usable and body is not None else None
         return cast("str | None", memo[bound])
 
@@ -173,21 +173,23 @@ def decoded(entry: Entry) -> bytes | None:
     coding = (entry.first("content-encoding") or "identity").strip().lower()
     if coding == "identity":
         return entry.body
-    if coding not in ("gzip", "x-gzip"):
+    if coding != "gzip":
         return None
     unpack = zlib.decompressobj(wbits=31)
     try:
         body = unpack.decompress(entry.body, MAX_DECODED)
     except zlib.error:
         return None
-    return body if unpack.eof else None
+    return body if unpack.eof and not unpack.unused_data else None  # some clients read on after its end
 
 
 def may_have_grown(entry: Entry) -> bool:
     """Whether this is the last page of a list, and full: a next page may exist that a 304 does not tell of."""
     relations = entry.first("link") or ""
+    asked = parse_qs(urlsplit(entry.url).query).get("per_page", [""])[0]
+    size = min(int(asked[:6]), MAX_PER_PAGE) if asked.isdecimal() else DEFAULT_PER_PAGE
     if 'rel="next"' in relations:
-        return False
+        return size == 1 and 'rel="last"' in relations  # asked for the number of the last page: how many there are
     body = decoded(entry)
     if body is None or body[:1] not in (b"[", b"{"):
         return False
@@ -196,16 +198,57 @@ def may_have_grown(entry: Entry) -> bool:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     lists = [value] if isinstance(value, list) else [v for v in value.values() if isinstance(v, list)]
-    asked = parse_qs(urlsplit(entry.url).query).get("per_page", [""])[0]
-    size = int(asked[:6]) if asked.isdecimal() else DEFAULT_PER_PAGE
     paged = isinstance(value, list) or "total_count" in value
     return paged and any(len(items) >= size for items in lists)
 
 
+def _is_plain(entry: Entry) -> bool:
+    """Whether the body's characters are what every client takes them for: no 304 speaks of them either."""
+    charset = _CHARSET.search(entry.first("content-type") or "")
+    return charset is None or charset[1].lower() in ("utf-8", "us-ascii")
+
+
+_CHARSET = re.compile(r"charset\s*=\s*\"?([^\s;\"]*)", re.IGNORECASE)
+
+
 def links_stay(entry: Entry) -> bool:
-    """Whether every target of ``Link`` has the entry's own origin and path family."""
-    ours = family(entry.url)
-    return all(same_origin(url, entry.url) and family(url) == ours for url, _ in links(entry))
+    """Whether all targets of ``Link`` have the entry's own origin and path family, and its pages are those around it.
+
+    No 304 speaks of that field: what another identity's entry says in it is believed as far as it can be nothing else.
+    """
+    ours, page = family(entry.url), _page(entry.url)
+    return all(
+        same_origin(url, entry.url) and family(url) == ours and _may_lead(entry.url, page, url, parameters)
+        for url, parameters in links(entry)
+    )
+
+
+def _may_lead(here: str, page: int, url: str, parameters: str) -> bool:
+    named = _RELATION.findall(parameters)
+    if len(named) != 1 or parameters.lower().count("rel") != 1:  # of two, or of a list, each reader takes another
+        return False
+    relation, there = str(named[0]).lower(), _page(url)
+    fits: dict[str, bool] = {
+        "next": there == page + 1,
+        "prev": there == page - 1,
+        "first": there == 1,
+        "last": there >= page,
+    }
+    if relation in fits:
+        return fits[relation] and _but_for_the_page(here) == _but_for_the_page(url)
+    return relation != "previous"
+
+
+def _page(url: str) -> int:
+    asked = parse_qs(urlsplit(url).query).get("page", ["1"])
+    return int(asked[0][:9]) if len(asked) == 1 and asked[0].isdecimal() else 0
+
+
+def _but_for_the_page(url: str) -> list[tuple[str, str]]:
+    return sorted(pair for pair in parse_qsl(urlsplit(url).query, keep_blank_values=True) if pair[0] != "page")
+
+
+_RELATION = re.compile(r";\s*rel=\"?([A-Za-z]+)\"?\s*(?:;|$)", re.IGNORECASE)
 
 
 def family(url: str) -> str:

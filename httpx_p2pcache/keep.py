@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import queue
 from typing import TYPE_CHECKING
 
 from httpx_p2pcache import parts
@@ -101,3 +102,21 @@ class Keep:
         """The body will not be read to its end. After :meth:`finish`, or once it is put off, this does nothing."""
         if not self._put_off:
             self._lease.settle(Verdict.ABANDONED)
+
+    def forget(self) -> None:
+        """The same from a finaliser, in the middle of whatever its thread does, which may hold a lock that this needs:
+        done when this process has its next request."""
+        if not self._put_off and not self._lease.settled:
+            _forgotten.put(self)
+
+
+_forgotten: queue.SimpleQueue[Keep] = queue.SimpleQueue()  # whose put() may be called from a finaliser
+
+
+def let_go_of_forgotten() -> None:
+    """Give back what responses that nobody closed were fetching for others."""
+    while not _forgotten.empty():
+        try:
+            _forgotten.get_nowait().abandon()
+        except queue.Empty:  # another thread was quicker
+            return

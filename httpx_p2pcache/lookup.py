@@ -33,6 +33,7 @@ from httpx_p2pcache.fetch import Fetch
 from httpx_p2pcache.freshness import (
     directives,
     initial_age,
+    is_for_others,
     machine_entry,
     machine_request,
     machine_unproven,
@@ -46,7 +47,7 @@ from httpx_p2pcache.lease import Lease
 from httpx_p2pcache.machine import is_local
 from httpx_p2pcache.network import FleetClaim, Found, Question, may_select
 from httpx_p2pcache.parts import PART
-from httpx_p2pcache.stored import Stored
+from httpx_p2pcache.stored import VERSION, VERSION_SELECTED, Stored
 
 if TYPE_CHECKING:
     from httpx_p2pcache.exchange import Exchange
@@ -59,6 +60,7 @@ CONDITIONS = frozenset({"if-modified-since", "if-none-match"})
 SPECIAL = FOR_THE_ORIGIN | CONDITIONS | {"cache-control", "content-length", "if-range", "pragma", "range"}
 # Fields of a request that say nothing about which representation is meant, and are not sent to peers.
 _UNSELECTIVE = frozenset({"connection", "content-length", "transfer-encoding", "te"})
+MAX_TRIED = 4  # entries of other identities that are unpacked to see whether they can be proven
 _OPTIONS = CacheOptions(shared=False, supported_methods=list(CACHEABLE))
 
 
@@ -76,6 +78,7 @@ class Lookup:
         self.patience = (
             exchange.settings.claim_timeout if patience is None else min(patience, exchange.settings.claim_timeout)
         )
+        self.began = time.monotonic()
         self.background = background
         self.conditional = not CONDITIONS.isdisjoint(request.headers)
         self.plain = SPECIAL.isdisjoint(request.headers)
@@ -134,7 +137,7 @@ class Lookup:
             if found is not None:
                 source = "peer"
             come = None if found is None else found.stored
-            if come is not None and self.plain and exchange.fresh(self.seen, self.asker, [come]):
+            if come is not None and self.plain and exchange.fresh(self.seen, self.asker, [*self.held, come]) is come:
                 state = come
             elif found is not None or (lease.fleet is not None and lease.fleet.brought):
                 state = yield from self._look()
@@ -193,16 +196,18 @@ class Lookup:
 
     def _others(self, found: list[Stored], now: float) -> list[hishel.Entry]:
         """Entries of other identities as the machine may see them: with the tag that they have for us, unvalidated."""
-        exchange, value_of, shown = self.exchange, self.exchange.value_of(self.seen), []
-        for stored in found:
+        exchange, value_of, tried = self.exchange, self.exchange.value_of(self.seen), 0
+        for stored in sorted(found, key=lambda one: one.made, reverse=True):
             if stored in self.held or not stored.matches(self.request.method, value_of, any_identity=True):
                 continue
             etag = exchange.github.validator(self.request.headers, stored.entry, stored.memo)
-            if etag is None:
-                continue
-            self.others[stored.id] = stored, etag
-            shown.append(machine_unproven(stored.entry, stored.id, etag, now))
-        return shown
+            if etag is not None:  # one tag is sent, and so it is the latest that can be proven
+                self.others[stored.id] = stored, etag
+                return [machine_unproven(stored.entry, stored.id, etag, now)]
+            tried += 1
+            if tried == MAX_TRIED:
+                break
+        return []
 
     def _serve(self, stored: Stored, source: str) -> Answer:
         return self.viewed(self.exchange.from_store(stored, time.time(), source=source, collapsed=self.collapsed))
@@ -216,7 +221,10 @@ class Lookup:
     def _from_part(self) -> Answer | None:
         """The part that a range asks for, if it is held and fresh."""
         now, ttl = time.time(), self.exchange.settings.default_ttl
+        later = self.held[0].made if self.held else None
         for stored in self.parts if self.ranged and not self.conditional else ():
+            if later is not None and stored.made < later:
+                continue
             view = parts.view(stored.entry, self.request.headers)
             shown = machine_entry(stored.entry, "GET", stored.id, self.wishes, now, ttl)
             shown.response.status_code = 200
@@ -277,7 +285,7 @@ class Lookup:
             any_identity=self.shared,
             local=is_local(self.request.url),
         )
-        until = time.monotonic() + FLEET_PATIENCE * self.patience
+        until = self.began + FLEET_PATIENCE * self.patience
         asked = exchange.network.ask(question)
         patience = min(settings.lookup_timeout, max(0.0, until - time.monotonic()))
         answer = yield from lease.wait(asked, patience, keep=True)
@@ -307,7 +315,7 @@ class Lookup:
             method=self.request.method,
             url=self.request.url,
             identity=self.asker.identity,
-            selecting=self.selecting(vary_names(headers)),
+            selecting=self.selecting(headers),
             status=reply.status,
             headers=headers,
             body=body,
@@ -317,14 +325,15 @@ class Lookup:
         )
         return self.asker.vouch(entry)
 
-    def selecting(self, names: list[str]) -> dict[str, str]:
-        """This request's fields of these names, as they may be stored."""
+    def selecting(self, headers: dict[str, list[str]]) -> dict[str, str]:
+        """This request's fields that have selected a response with these ``headers``, as they may be stored."""
+        names = [*vary_names(headers), *([VERSION] if VERSION_SELECTED in headers else [])]
         return self.exchange.keyring.selecting(self.seen.headers, names)
 
     @staticmethod
     def shareable(entry: Entry) -> bool:
         """Whether a peer may ever use it: cookies are for one user only, and ``Vary: *`` for one request."""
-        if "set-cookie" in entry.headers or "*" in vary_names(entry.headers):
+        if "set-cookie" in entry.headers or "*" in vary_names(entry.headers) or not is_for_others(entry.status):
             return False
         # For one user, and we do not see which: a client certificate, or a transport below us, says who asks.
         return entry.identity != ANONYMOUS or "private" not in directives(entry.headers)

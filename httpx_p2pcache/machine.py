@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import ipaddress
 import os
 import socket
@@ -23,6 +24,16 @@ def place(url: str) -> bytes:
 def is_local(url: str) -> bool:
     """Whether the host of a URL is another one on each machine: loopback, link-local, a name without a dot."""
     return bool(place(url))
+
+
+def proof_of_place(who: bytes, to: bytes) -> str:
+    """What shows peer ``to`` that peer ``who`` is on its machine; it is of no use to who copies it."""
+    return hmac.digest(_machine(), who + b" " + to, "sha256").hex()
+
+
+def proves_place(proof: str, who: bytes, to: bytes) -> bool:
+    """Whether it shows that peer ``who`` is on the machine of peer ``to``, which is this one."""
+    return hmac.compare_digest(proof.encode("utf-8", "replace"), proof_of_place(who, to).encode())
 
 
 @lru_cache(maxsize=1024)

@@ -123,8 +123,10 @@ class QuotaBoard:
         with self._lock:
             quota = self._quotas.get(place)
             if quota is None or quota.refused_until <= now:
+                self._probed.pop(place, None)
                 return False
-            if now - self._probed.get(place, quota.seen) >= PROBE_SECONDS:
+            # From the first time that it was heard of: a member that says it again and again puts nothing off.
+            if now - self._probed.setdefault(place, quota.seen) >= PROBE_SECONDS:
                 self._probed[place] = now
                 return False
             return True
@@ -164,6 +166,23 @@ def refuses(status: int, headers: Headers) -> bool:
     if status == 403:
         return headers.get("x-ratelimit-remaining") == "0" or "retry-after" in headers
     return status == 429
+
+
+def speaks_of_limits(body: bytes) -> bool:
+    """Whether a refusal that looks like one for a rate limit is one by its words, as GitHub writes them.
+
+    The call that spends the last of a quota may be refused for good: it has the same head. What is no message of
+    GitHub's is taken for what its head says.
+    """
+    try:
+        message = msgspec.json.decode(body, type=_Message).message.lower()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return True
+    return "limit" in message or "abuse" in message
+
+
+class _Message(msgspec.Struct):
+    message: str
 
 
 def resource(url: str) -> str:

@@ -92,24 +92,38 @@ class Store:
         _stores.add(self)
 
     def peek(self, key: bytes) -> list[Stored] | None:
-        """What memory holds for a key, if it is still what SQLite holds; None if it has to be loaded."""
-        if not self._lock.acquire(timeout=PEEK_SECONDS):
-            return None  # another thread writes, and may wait for another process: no event loop waits with it
+        """What memory holds for a key, if it is still what SQLite holds; None if it has to be loaded.
+
+        None also while another thread writes, which may wait for another process: no event loop waits with it.
+        """
+        with self._locked() as locked:
+            return self._remembered(key) if locked else None
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[bool]:
+        """Whether the lock could be had at once, or nearly."""
+        held: list[bool] = []
         try:
-            connection = self._connection
-            if connection is None or key in self._put_off:
-                return None
-            try:
-                self._version = connection.version()
-                remembered = self._memory.get(key)
-                if remembered is None or not self._is_valid(key, remembered):
-                    return None
-            except sqlite3.Error:
-                return None
-            self._memory.used(key)
-            return remembered.found
+            # In one call, between whose parts no signal's handler can raise: a lock that is taken is known to be taken.
+            held.extend(map(self._lock.acquire, (True,), (PEEK_SECONDS,)))
+            yield held[0]
         finally:
-            self._lock.release()
+            if held and held[0]:
+                self._lock.release()
+
+    def _remembered(self, key: bytes) -> list[Stored] | None:
+        connection = self._connection
+        if connection is None or key in self._put_off:
+            return None
+        try:
+            self._version = connection.version()
+            remembered = self._memory.get(key)
+            if remembered is None or not self._is_valid(key, remembered):
+                return None
+        except sqlite3.Error:
+            return None
+        self._memory.used(key)
+        return remembered.found
 
     def _is_valid(self, key: bytes, remembered: Remembered) -> bool:
         """Whether what memory holds for a key is what the file holds. Raises ``sqlite3.Error``."""
@@ -142,31 +156,25 @@ class Store:
 
         That is so where no other thread is at work on the store, nor will be meanwhile, and nothing has to be written.
         """
-        locked = self._lock.acquire(timeout=PEEK_SECONDS)
-        try:
+        with self._locked() as locked:
             yield locked and not self._is_undone(key) and self._later.has_room(size)
-        finally:
-            if locked:
-                self._lock.release()
 
     def at_hand(self, key: bytes) -> list[Stored] | None:
         """The entries of a key, if they can be loaded without waiting: as for :meth:`soon`."""
-        if not self._lock.acquire(timeout=PEEK_SECONDS):
-            return None
-        try:
-            return self.peek(key) if self._is_undone(key) else self.load(key)
-        finally:
-            self._lock.release()
+        with self._locked() as locked:
+            if not locked:
+                return None
+            return self._remembered(key) if self._is_undone(key) else self.load(key)
 
     def load(self, key: bytes) -> list[Stored]:
         """All entries of a cache key, of every identity; from memory where that is valid."""
-        if key in self._put_off:
-            self.catch_up()
-        found = self.peek(key)
-        if found is not None:
-            return found
         # Under the lock from the first row to the last: what is remembered is what no other thread has removed since.
         with self._lock:
+            if key in self._put_off:
+                self.catch_up()
+            held = self._remembered(key)
+            if held is not None:
+                return held
             if self._is_undone(key):
                 self.flush()
             storage, found = self._open(), []
@@ -184,7 +192,7 @@ class Store:
             return found
 
     def save(self, entry: Entry, *, since: float | None = None) -> Stored | None:
-        """Store an entry in the place of its predecessor; None if its URL was invalidated after ``since``.
+        """Store an entry in the place of its predecessor; None if that is newer, or was invalidated after ``since``.
 
         ``since`` is when the origin was asked, if that is known, else when the response was received.
         """
@@ -192,8 +200,12 @@ class Store:
         with self._lock:
             return self._save(key, self.load(key), entry, entry.received if since is None else since)
 
-    def receive(self, entry: Entry, *, since: float) -> Stored | None:
-        """The same for what a peer has; where the same has come by another way, or a newer one, that is returned."""
+    def receive(self, entry: Entry, *, since: float, travelled: float = 0.0) -> Stored | None:
+        """The same for what a peer has; where the same has come by another way, or a newer one, that is returned.
+
+        It was on its way to us for ``travelled`` seconds at the most, which its age does not count: what was written to
+        meanwhile may have been so after the origin was asked.
+        """
         key, now = cache_key(entry.url), time.time()
         with self._lock:
             held = self.load(key)
@@ -202,12 +214,18 @@ class Store:
                 known = stored.entry.digest == entry.digest and newer <= SAME_AGE
                 if (known or newer < 0) and same_place(stored.entry, entry):
                     return stored
+            if self._is_void(key, entry.identity, now - travelled):
+                since -= travelled
             return self._save(key, held, entry, since)
 
     def _save(self, key: bytes, held: list[Stored], entry: Entry, asked: float) -> Stored | None:
         if self._is_void(key, entry.identity, asked):
             return None
         replaced = [s for s in held if same_place(s.entry, entry)]
+        # A reader may be slow: what was asked for after it is newer, whoever has come to its end first.
+        made = entry.received - entry.initial_age
+        if any(made + 0.001 < s.entry.received - s.entry.initial_age <= entry.received for s in replaced):
+            return None
         stored = self._prepared(entry, uuid.uuid4())
         self._remember(key, [*(s for s in held if s not in replaced), stored])
         self._write(key, len(entry.body), partial(self._insert, stored, replaced, asked, self._version))
@@ -230,9 +248,9 @@ class Store:
             self._write(key, 0, partial(self._update, stored, fresh))
         return fresh
 
-    def passing(self, stored: Stored, entry: Entry) -> Stored:
-        """``entry`` as if it were stored in the place of ``stored``: for one answer."""
-        return self._prepared(entry, stored.id)
+    def passing(self, entry: Entry, id_: uuid.UUID | None = None) -> Stored:
+        """``entry`` as if it were stored, in the place of another perhaps: for one answer."""
+        return self._prepared(entry, id_ or uuid.uuid4())
 
     def refused(self, key: bytes, identity: str, since: float) -> bool:
         """Whether the origin has refused an identity after ``since``, as far as this process knows; touches no disk."""
@@ -274,16 +292,14 @@ class Store:
 
         It is done by a thread then, soon; or by who looks for the key, or by :meth:`catch_up` or :meth:`flush`.
         """
-        if not self.behind or size > PUT_OFF_BYTES or not self._lock.acquire(timeout=PEEK_SECONDS):
+        if not self.behind or size > PUT_OFF_BYTES:
             return False
-        try:
-            if not self._put_off.has_room(size):
+        with self._locked() as locked:
+            if not locked or not self._put_off.has_room(size):
                 return False
             self._put_off.add(key, size, work)
             self._put_off.begin()
-        finally:
-            self._lock.release()
-        return True
+            return True
 
     def catch_up(self) -> None:
         """Do what was put off."""
@@ -414,6 +430,7 @@ class Store:
     def close(self) -> None:
         """Write what is still to be written, and close the file. A later call opens it again."""
         with self._lock:
+            self.catch_up()
             workers = [self._put_off.end(), self._later.end()]
             self._shut()
         for worker in workers:
@@ -436,7 +453,7 @@ class Store:
             return self._connected.execute(sql, parameters).fetchall()
         except sqlite3.DatabaseError as exc:
             if not isinstance(exc, sqlite3.OperationalError):
-                self.close()
+                self._shut()
                 move_aside(self.directory)
             return []
 

@@ -10,6 +10,8 @@ from functools import lru_cache
 from httpx_p2pcache.entries import Asker, Entry, is_credential
 from httpx_p2pcache.freshness import directives, http_date, lifetime, vary_names
 
+VERSION, VERSION_SELECTED = "x-github-api-version", "x-github-api-version-selected"
+
 
 class Stored:
     """An entry at rest, with what a hit needs prepared: nothing is parsed again while it stays in memory."""
@@ -26,6 +28,7 @@ class Stored:
         "reusable",
         "row",
         "vary",
+        "versions",
     )
 
     def __init__(
@@ -47,6 +50,10 @@ class Stored:
         self.vary = [
             (name, entry.selecting.get(name)) for name in names if not (any_coding and name == "accept-encoding")
         ]
+        # GitHub's Vary does not name the version of its API that was asked for, but the answer does.
+        self.versions: tuple[str | None, ...] = ()
+        if VERSION_SELECTED in entry.headers:
+            self.versions = entry.first(VERSION_SELECTED), entry.selecting.get(VERSION)
         self.codings = (entry.first("content-encoding") or "").lower() if any_coding else ""
         self.reusable = self.control.get("no-cache", "") is not None and "*" not in names
         self.raw_headers = [
@@ -79,6 +86,8 @@ class Stored:
             return False
         if self.codings and not _accepts(value_of("accept-encoding"), self.codings):
             return False
+        if self.versions and value_of(VERSION) not in self.versions:
+            return False
         return all(
             name != "*" and (value_of(name) == value or (any_identity and is_credential(name)))
             for name, value in self.vary
@@ -97,7 +106,7 @@ def same_place(old: Entry, new: Entry) -> bool:
         new.first("content-encoding"),
     ) and all(
         old.selecting.get(name) == new.selecting.get(name)
-        for name in {*vary_names(old.headers), *vary_names(new.headers)}
+        for name in {VERSION, *vary_names(old.headers), *vary_names(new.headers)}
     )
 
 

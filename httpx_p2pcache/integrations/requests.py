@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import io
-import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +78,6 @@ class P2PCacheAdapter(HTTPAdapter):
             native = HTTPAdapter.send(self, sent, True, timeout, verify, cert, proxies)
             return Reply(native.status_code, _fields(native.raw.headers), native)
 
-        _let_go_of_forgotten()
         exchange, asked = self._usage.exchange, _asked(request)
         if not verify and asked.url.startswith("https:"):
             # Whose answer this is nobody has made sure of: it is not for those who do.
@@ -257,10 +255,8 @@ class _Kept(HTTPResponse):
         super().close()
 
     def __del__(self) -> None:
-        # In the middle of whatever this thread does, which may hold the very lock that giving back would take.
-        keep, self._p2pcache_keep = self._p2pcache_keep, None
-        if keep is not None:
-            _forgotten.put(keep)
+        if self._p2pcache_keep is not None:
+            self._p2pcache_keep.forget()
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -283,15 +279,3 @@ class _Kept(HTTPResponse):
         keep, self._p2pcache_keep = self._p2pcache_keep, None
         if keep is not None:
             keep.abandon()
-
-
-_forgotten: queue.SimpleQueue[Keep] = queue.SimpleQueue()  # whose put() may be called from a finaliser
-
-
-def _let_go_of_forgotten() -> None:
-    """Give back what responses that nobody closed were fetching for others."""
-    while not _forgotten.empty():
-        try:
-            _forgotten.get_nowait().abandon()
-        except queue.Empty:  # another thread was quicker
-            return

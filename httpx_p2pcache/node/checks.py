@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from httpx_p2pcache.entries import Entry, carries_credentials, is_credential, links, same_origin
+from httpx_p2pcache.entries import Entry, carries_credentials, is_credential, links, resolved_url, same_origin
 from httpx_p2pcache.exceptions import Rejected
-from httpx_p2pcache.freshness import http_date, may_be_stored, vary_names
+from httpx_p2pcache.freshness import http_date, is_for_others, may_be_stored, vary_names
 
 MAX_RESIDENT = 31_536_000.0  # a year, as RFC 9111's own advice for the longest lifetime was
 MAX_FUTURE = 7200.0  # clocks may differ by an hour in either direction
@@ -19,7 +19,7 @@ MAX_FIELDS = 200
 MAX_FIELD_BYTES = 64 * 1024
 MAX_UNPACKED = 128 * 1024**2  # bytes: gzip makes a thousandth of what is empty, a tenth of what says something
 UNPACKED_AT_ONCE = 256 * 1024
-_UNPACKING = {"gzip": 31, "x-gzip": 31, "deflate": 47}  # zlib's wbits; a deflate that is none of zlib's is rare
+_UNPACKING = {"gzip": 31, "deflate": 15}  # zlib's wbits; a deflate that is none of zlib's is rare
 
 # Of all names or values at once, each on a line of its own.
 _NAMES = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+(?:\n[!#$%&'*+.^_`|~0-9a-z-]+)*")
@@ -45,6 +45,11 @@ def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> E
     _check_fields(entry.headers, entry.selecting)
     if "set-cookie" in entry.headers or "*" in vary_names(entry.headers):
         raise Rejected("it is for one user or one request only")
+    if not is_for_others(entry.status):
+        raise Rejected("it is a refusal, or a failure")
+    location = entry.first("location")
+    if location is not None and not same_origin(resolved_url(entry.url, location), entry.url):
+        raise Rejected("its Location leads to another origin")  # clients take with them what they are asked with
     date = http_date(entry.first("date"))
     if date is not None and date > now + MAX_FUTURE:
         raise Rejected("its Date lies in the future")
@@ -58,6 +63,8 @@ def believed(entry: Entry, resident: float, now: float, max_body_size: int) -> E
     if not may_be_stored(entry.method, entry.status, entry.headers):
         raise Rejected("RFC 9111 §3 does not allow it to be stored")
     age = entry.initial_age + resident
+    if date is not None:  # §4.2.3, as far as clocks agree
+        age = max(age, now - date - MAX_FUTURE)
     return msgspec.structs.replace(entry, initial_age=age, received=now)
 
 
@@ -87,6 +94,8 @@ def _check_coding(entry: Entry) -> None:
         raise Rejected("its body unpacks to too much")
     if not unpack.eof:
         raise Rejected("its body breaks off")
+    if unpack.unused_data or packed:  # some clients read on, and others do not
+        raise Rejected("its body goes on after its end")
 
 
 def _check_fields(headers: dict[str, list[str]], selecting: dict[str, str]) -> None:

@@ -12,7 +12,6 @@ import contextlib
 import logging
 import math
 import os
-import socket
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -26,9 +25,10 @@ import trio
 import trio.lowlevel
 from libp2p.peer.id import ID
 
-from httpx_p2pcache.entries import Keyring
+from httpx_p2pcache.entries import ANONYMOUS, Keyring
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.ledger import Ledger
+from httpx_p2pcache.machine import proves_place
 from httpx_p2pcache.multiaddrs import is_loopback
 from httpx_p2pcache.node.discovery import Discovery, Sighting
 from httpx_p2pcache.node.discovery.all import discoveries
@@ -287,7 +287,7 @@ class Fleet:
             self._part_from(link)
 
     def _introduced(self, link: Link, said: Introduce, how: str, addresses: list[str]) -> None:
-        here = said.host == socket.gethostname()
+        here = proves_place(said.place, link.peer_id.to_bytes(), self.host.id.to_bytes())
         reachable = [a for a in said.addresses if here or not is_loopback(a)]
         reachable += self.host.seen_at(link.peer_id, said.addresses)
         reachable = list(dict.fromkeys(reachable)) or addresses
@@ -296,7 +296,8 @@ class Fleet:
             member = self.members[link.peer_id] = Member(link.peer_id, how, reachable)
             self.reach.changed()
             for quota in self.quotas.known():
-                self.spawn(link.send, TellQuota(quota))
+                if quota.identity != ANONYMOUS:
+                    self.spawn(link.send, TellQuota(quota))
         if link not in member.links:
             member.links.append(link)
         member.takes, member.here = said.takes, here

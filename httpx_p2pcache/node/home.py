@@ -34,6 +34,7 @@ from libp2p.peer.id import ID
 
 from httpx_p2pcache.claims import CLAIM_LIFE, ClaimTable, Go, Look, Pending, Tidings, Told, Verdict
 from httpx_p2pcache.claims import Granted as ClaimGranted
+from httpx_p2pcache.entries import ANONYMOUS
 from httpx_p2pcache.network import Question, settle
 from httpx_p2pcache.node.link import Link
 from httpx_p2pcache.node.members import Member
@@ -125,6 +126,8 @@ class Home:
 
     async def tell_quota(self, quota: Quota) -> None:
         """Let every member know."""
+        if quota.identity == ANONYMOUS:  # it is counted by address: what one meets is no other's limit
+            return
         for member in list(self._fleet.members.values()):
             self._fleet.spawn(member.send, TellQuota(quota))
 
@@ -154,7 +157,9 @@ class Home:
         elif isinstance(message, Publish):
             await self._published(link, message)
         elif isinstance(message, Push):
-            stored = await self._shelf.received(message.key, message.sealed, message.resident, link.keyring)
+            member = self._fleet.members.get(link.peer_id)
+            rtt = (member and member.rtt) or 0.0
+            stored = await self._shelf.received(message.key, message.sealed, message.resident, link, travelled=rtt)
             if stored is not None:
                 self.ended(message.claim, None, Verdict.PUBLISHED)
         elif isinstance(message, Release):
@@ -164,7 +169,7 @@ class Home:
         elif isinstance(message, Invalidate):
             await self._written(link, message)
         elif isinstance(message, TellQuota):
-            if self._fleet.quotas.merge(message.quota, time.time()):
+            if message.quota.identity != ANONYMOUS and self._fleet.quotas.merge(message.quota, time.time()):
                 for member in self._fleet.reach.unknown_to(link.peer_id):
                     self._fleet.spawn(member.send, message)
         elif isinstance(message, Granted):  # to one of us who has given up
@@ -253,9 +258,9 @@ class Home:
 
     async def _published(self, link: Link, message: Publish) -> None:
         try:
-            sealed, held_for, keyring = message.sealed, message.resident, link.keyring
+            sealed, held_for = message.sealed, message.resident
             before = await self._shelf.load(message.key)
-            stored = await self._shelf.received(message.key, sealed, held_for, keyring, missing_ok=False)
+            stored = await self._shelf.received(message.key, sealed, held_for, link, missing_ok=False)
         except BodyMissing:
             await link.send(Published(message.call, [], False))
             return
@@ -287,7 +292,7 @@ class Home:
         except OSError:
             return stored
         if isinstance(answer, Found):
-            await self._shelf.received(question.key, answer.sealed, answer.resident, link.keyring)
+            await self._shelf.received(question.key, answer.sealed, answer.resident, link)
         return await self._shelf.select(question)
 
     # Claims

@@ -69,7 +69,7 @@ class Introduce(Frame):
     """Who I am, whom I know, what I take, and whether I can be asked."""
 
     addresses: Addresses
-    host: Annotated[str, Meta(max_length=256)]
+    place: Annotated[str, Meta(max_length=256)]  # proof of the machine that I am on
     members: Annotated[list[tuple[PeerBytes, Addresses]], Meta(max_length=1000)]
     takes: Annotated[int, Meta(ge=0)]  # bytes of the largest body that I store
     ready: bool  # I am a home already

@@ -175,7 +175,8 @@ class Questions:
             self._fleet.demanded()
         if isinstance(answer, Found) or (isinstance(answer, Granted) and answer.sealed):
             try:
-                stored = self._fleet.shelf.received_at_once(asked.key, answer.sealed, answer.resident, link.keyring)
+                shelf, travelled = self._fleet.shelf, trio.current_time() - question.put
+                stored = shelf.received_at_once(asked.key, answer.sealed, answer.resident, travelled, link.keyring)
             except MustWait as begun:
                 self._spawn(self._receive, question, answer, link, begun)
                 return

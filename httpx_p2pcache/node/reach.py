@@ -7,13 +7,13 @@ are to be connected.
 from __future__ import annotations
 
 import itertools
-import socket
 import time
 from typing import TYPE_CHECKING
 
 import trio
 from libp2p.peer.id import ID
 
+from httpx_p2pcache.machine import proof_of_place
 from httpx_p2pcache.multiaddrs import MAX_ADDRESSES, is_loopback
 from httpx_p2pcache.node.discovery import Sighting
 from httpx_p2pcache.node.homes import anchors_among, core_among, peer_of
@@ -49,9 +49,10 @@ class Reach:
         others = [(p, m) for p, m in self._members.items() if p != link.peer_id and self.matters(p)]
         members = [(p.to_bytes(), m.addresses[:MAX_ADDRESSES]) for p, m in others]
         takes, ready = self._fleet.settings.max_body_size, self._fleet.joined.is_set()
-        addresses, host = self._fleet.addresses[:MAX_ADDRESSES], socket.gethostname()
+        addresses = self._fleet.addresses[:MAX_ADDRESSES]
+        place = proof_of_place(self._fleet.host.id.to_bytes(), link.peer_id.to_bytes())
         link.told, link.told_unreached, link.turn = {p for p, _ in others}, self.unreached, next(self._turns)
-        await link.send(Introduce(addresses, host, members, takes, ready, self.unreached, link.turn))
+        await link.send(Introduce(addresses, place, members, takes, ready, self.unreached, link.turn))
 
     def told(self, link: Link, said: Acquainted) -> None:
         """A member tells whom it knows: they may be there for us as well."""

@@ -87,6 +87,8 @@ class Candidates:
             known.addresses = list(dict.fromkeys([*sighting.addresses, *known.addresses]))[:MAX_ADDRESSES]
             known.seen = now
             known.doubted = known.doubted and sighting.how != "peers"
+            if known.how == "dht":  # whose servers may say anything
+                known.how = sighting.how
             return False
         if len(self._known) >= MAX_CANDIDATES:
             return False
@@ -109,11 +111,11 @@ class Candidates:
         return sum(1 for known, first in since if known is None or known.failures or now - first >= GRACE_SECONDS)
 
     def promising(self) -> set[ID]:
-        """Who may well be there: neither dialled in vain nor doubted."""
+        """Who may well be there: neither dialled in vain nor doubted, nor named by a stranger alone."""
         return {
             one.peer_id
             for one in self._known.values()
-            if one.peer_id is not None and not one.failures and not one.doubted
+            if one.peer_id is not None and not one.failures and not one.doubted and one.how != "dht"
         }
 
     def everybody(self) -> set[ID]:

@@ -16,6 +16,7 @@ from httpx_p2pcache.entries import Entry, Keyring
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.network import Question
 from httpx_p2pcache.node.checks import MAX_RESIDENT, believed
+from httpx_p2pcache.node.link import Link
 from httpx_p2pcache.stored import Stored
 
 if TYPE_CHECKING:
@@ -76,22 +77,28 @@ class Shelf:
         return sealed
 
     async def received(
-        self, key: bytes, sealed: bytes, resident: float, keyring: Keyring, *, missing_ok: bool = True
+        self, key: bytes, sealed: bytes, resident: float, link: Link, *, travelled: float = 0.0, missing_ok: bool = True
     ) -> Stored | None:
         """An entry from a peer, checked and stored; None if it is not believed, not whole, or no longer valid.
 
-        Raises :class:`BodyMissing` for one that is not whole unless ``missing_ok``.
+        It was there for ``resident`` seconds, and ``travelled`` to us for so many at the most. Raises
+        :class:`BodyMissing` for one that is not whole unless ``missing_ok``.
         """
-        steps = self._receiving(key, sealed, resident, keyring, missing_ok)
+        steps = self._receiving(key, sealed, resident, travelled, link.keyring, missing_ok)
         return await driven(steps, self._fleet.in_worker)
 
     async def finish(self, begun: MustWait) -> Stored | None:
         """What was begun at once, and has to wait after all."""
         return await driven(begun.steps, self._fleet.in_worker, begun.func)
 
-    def received_at_once(self, key: bytes, sealed: bytes, resident: float, keyring: Keyring) -> Stored | None:
-        """The same for one who does not wait. Raises :class:`MustWait`, which is to be finished."""
-        steps = self._receiving(key, sealed, resident, keyring, missing_ok=True)
+    def received_at_once(
+        self, key: bytes, sealed: bytes, resident: float, travelled: float, keyring: Keyring
+    ) -> Stored | None:
+        """The same for one who does not wait, and knows how many seconds it has ``travelled`` at the most.
+
+        Raises :class:`MustWait`, which is to be finished.
+        """
+        steps = self._receiving(key, sealed, resident, travelled, keyring, missing_ok=True)
         if len(sealed) > LARGE:
             raise MustWait(steps)
         try:
@@ -100,7 +107,9 @@ class Shelf:
             return end.value  # type: ignore[no-any-return]
         raise MustWait(steps, func)
 
-    def _receiving(self, key: bytes, sealed: bytes, resident: float, keyring: Keyring, missing_ok: bool) -> Steps:
+    def _receiving(
+        self, key: bytes, sealed: bytes, resident: float, travelled: float, keyring: Keyring, missing_ok: bool
+    ) -> Steps:
         fleet = self._fleet
         try:
             entry = keyring.open_entry(sealed, key)
@@ -123,7 +132,7 @@ class Shelf:
             fleet.stats.add("rejected")
             return None
         # Its age is counted from when the origin was asked: what was written since then makes it void.
-        receive = partial(fleet.store.receive, entry, since=now - entry.initial_age)
+        receive = partial(fleet.store.receive, entry, since=now - entry.initial_age, travelled=travelled)
         with fleet.store.soon(key, len(entry.body)) as free:
             at_once = free and fleet.store.behind
             stored: Stored | None = receive() if at_once else None

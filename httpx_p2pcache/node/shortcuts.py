@@ -40,6 +40,7 @@ CHUNK = 64 * 1024  # bytes read at once: what is small comes many at a time
 ACKNOWLEDGED_AT_ONCE = 64 * 1024  # bytes: a quarter of a stream's first window
 MAX_PAYLOAD = 65535 - 16 - HEADER_SIZE  # bytes of a frame that fills one message of Noise
 LOOK_SECONDS = 0.05  # between two looks whether a window has been widened in a way that wakes nobody, or a stream ended
+MAX_OPENED = 64  # streams that a peer may open on a connection, and one more each second
 LAST_WORDS_SECONDS = 0.5  # in which all streams are read to their end when the peer ends the connection
 _HEADER = struct.Struct(YAMUX_HEADER_FORMAT)
 
@@ -192,6 +193,7 @@ class Sieve:
         self._passed = 0  # bytes of a frame's body that Yamux has still to read
         self.raw: Direct = secured.conn.read_writer.read_write_closer.stream
         self._begun = False
+        self._opened, self._since = 0, trio.current_time()  # streams, by the peer
 
     async def read(self, n: int) -> bytes:
         """At most ``n`` bytes of the next frame that is none of the two: first its header, then what it announces."""
@@ -214,6 +216,10 @@ class Sieve:
             window = stream.recv_window if stream is not None else DEFAULT_WINDOW_SIZE if flags & FLAG_SYN else length
             if kind == TYPE_DATA and length > window:
                 raise ConnectionClosedError("the peer has sent more than it may")
+            if flags & FLAG_SYN and number:
+                self._opened += 1
+                if self._opened > MAX_OPENED + trio.current_time() - self._since:
+                    raise ConnectionClosedError("the peer opens streams without end")
             if stream is None or flags or kind not in (TYPE_DATA, TYPE_WINDOW_UPDATE):
                 if kind == TYPE_GO_AWAY:
                     await self._all_read()

@@ -30,6 +30,7 @@ import pytest
 from waiting import eventually
 
 from httpx_p2pcache import P2PCacheTransport, Settings
+from httpx_p2pcache.machine import proof_of_place
 from httpx_p2pcache.testing import Origin, Resource, made_up
 
 pytest.importorskip("libp2p")
@@ -120,8 +121,8 @@ class Hostile:
         self._streams: list[Any] = []
         self._writing = trio.Lock()
         self.heard: list[Any] = []
-        self.address = ""
-        self.machine = socket.gethostname()  # where it says that it is
+        self.address = self.here = ""
+        self.elsewhere = False  # as it says
 
     def __enter__(self) -> Hostile:
         self._thread.start()
@@ -155,7 +156,8 @@ class Hostile:
                 dialled=dialled,
                 nonce=os.urandom(32),
             )
-            await stream.write(pack(Introduce([self.listens], self.machine, [], 2**23, False)) + pack(Ready(1)))
+            self.here = "" if self.elsewhere else proof_of_place(ours, theirs)  # to who has come last
+            await stream.write(pack(Introduce([self.listens], self.here, [], 2**23, False)) + pack(Ready(1)))
             self._streams.append(stream)
             while True:
                 message = unpack(await read_frame(stream, 10_000_000))
@@ -465,7 +467,7 @@ def test_a_peer_that_says_where_others_are_does_not_move_them(start: Start, orig
         third = start("c", bootstrap_peers=(member.address,))
         assert eventually(lambda: third.stat("connected_peers") == 3)
         theirs = [(ID.from_base58(one.stat("peer_id")).to_bytes(), ["/ip4/127.0.0.1/tcp/1"]) for one in (first, second)]
-        member.say(Introduce([member.listens], socket.gethostname(), theirs, 2**23, True), Ping(5))
+        member.say(Introduce([member.listens], "", theirs, 2**23, True), Ping(5))
         assert eventually(lambda: any(isinstance(m, Done) and m.call == 5 for m in member.heard))
         for one in (first, second, third):
             all_right(one, origin)
@@ -650,7 +652,7 @@ def frames_of(kind: str, member: Hostile) -> Iterator[bytes]:
         elif kind == "introduce":
             there = [f"/ip4/127.0.0.1/tcp/{chance.randrange(1, 1000)}"]
             members = [(_some_peer(chance), there) for _ in range(1000)]
-            yield pack(Introduce(there, socket.gethostname(), members, 2**23, True))
+            yield pack(Introduce(there, member.here, members, 2**23, True))
         elif kind == "quota":
             quota = Quota(
                 identity=f"{number:032x}"[-32:],

@@ -25,6 +25,7 @@ from waiting import eventually
 
 from httpx_p2pcache import P2PCacheTransport, Settings
 from httpx_p2pcache import store as store_module
+from httpx_p2pcache.machine import proof_of_place
 from httpx_p2pcache.testing import Origin, Resource, made_up
 
 pytest.importorskip("libp2p")
@@ -577,7 +578,6 @@ class ScriptedMember:
         async with self._host.listening("127.0.0.1", 0) as port:
             address = f"/ip4/127.0.0.1/tcp/{port}"
             self.address = f"{address}/p2p/{self._host.id}"
-            self._introduction = pack(Introduce([address], socket.gethostname(), [], 2**23, False)) + pack(Ready(1))
             self._started.set()
             await stopping.wait()
 
@@ -587,7 +587,7 @@ class ScriptedMember:
             await admit(
                 stream, self._keyring.admission, dialler=theirs, listener=ours, dialled=False, nonce=os.urandom(32)
             )
-            await stream.write(self._introduction)
+            await stream.write(pack(Introduce([], proof_of_place(ours, theirs), [], 2**23, False)) + pack(Ready(1)))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._pass_on, stream)
                 while True:

@@ -441,7 +441,7 @@ def test_what_is_at_a_host_of_this_machine_is_neither_asked_for_nor_told_elsewhe
 ) -> None:
     """``localhost`` is another one there: who is there could only reject it, and see what is not for it."""
     member = Hostile(secret)
-    member.machine = member.machine if here else "elsewhere"
+    member.elsewhere = not here
     with member:
         runner = start("a", bootstrap_peers=(member.address,))
         assert eventually(lambda: runner.stat("connected_peers") == 1)
@@ -458,7 +458,7 @@ def test_runners_of_one_machine_share_what_is_there_though_a_member_is_elsewhere
     start: Start, secret: str, origin: Origin
 ) -> None:
     member = Hostile(secret)
-    member.machine = "elsewhere"
+    member.elsewhere = True
     with member:
         first, second = (start(name, bootstrap_peers=(member.address,)) for name in "ab")
         assert eventually(lambda: first.stat("connected_peers") == 2 == second.stat("connected_peers"))

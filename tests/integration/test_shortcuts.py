@@ -31,6 +31,7 @@ from libp2p.stream_muxer.yamux.yamux import (
     MAX_WINDOW_SIZE,
     TYPE_DATA,
     TYPE_PING,
+    TYPE_WINDOW_UPDATE,
     YAMUX_HEADER_FORMAT,
     Yamux,
 )
@@ -42,7 +43,7 @@ from httpx_p2pcache.network import Question
 from httpx_p2pcache.node.host import Host
 from httpx_p2pcache.node.link import Link
 from httpx_p2pcache.node.protocol import PROTOCOL_ID, Ask, Found, pack
-from httpx_p2pcache.node.shortcuts import Muxer, Sieve, Stream
+from httpx_p2pcache.node.shortcuts import MAX_OPENED, Muxer, Sieve, Stream
 
 pytestmark = pytest.mark.p2p
 
@@ -309,8 +310,7 @@ def test_no_flag_lets_a_peer_send_more_than_the_window(flags: int) -> None:
     play(scene)
 
 
-@pytest.mark.parametrize("kind", ["ping", "syn"])
-def test_who_has_to_be_answered_again_and_again_holds_up_nobody_else(kind: str) -> None:
+def test_who_has_to_be_answered_again_and_again_holds_up_nobody_else() -> None:
     """A message of Noise holds five thousand such frames: all else has its turns between them."""
 
     async def scene() -> None:
@@ -324,8 +324,7 @@ def test_who_has_to_be_answered_again_and_again_holds_up_nobody_else(kind: str) 
         async with pair(serve, ours="listener") as (_, connect):
             stream = await connect()
             await flooded.wait()
-            type_, id_ = (TYPE_PING, 0) if kind == "ping" else (TYPE_DATA, stream.muxed_stream.stream_id)
-            flood = struct.pack(YAMUX_HEADER_FORMAT, 0, type_, FLAG_SYN, id_, 0) * 5000
+            flood = struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_PING, FLAG_SYN, 0, 0) * 5000
             turns = 0
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(stream.muxed_conn._write_frame, flood)
@@ -336,6 +335,27 @@ def test_who_has_to_be_answered_again_and_again_holds_up_nobody_else(kind: str) 
             assert turns > 4000
 
     play(scene)
+
+
+def test_who_opens_streams_without_end_is_parted_with() -> None:
+    opened = 0
+
+    async def scene() -> None:
+        async def serve(stream: Any) -> None:
+            nonlocal opened
+            opened += 1
+            await stream.read(1)
+
+        async with pair(serve, ours="listener") as (_, connect):
+            muxed = (await connect()).muxed_conn
+            with contextlib.suppress(Exception):
+                for id_ in range(1001, 3001, 2):
+                    opening = struct.pack(YAMUX_HEADER_FORMAT, 0, TYPE_WINDOW_UPDATE, FLAG_SYN, id_, 0)
+                    await muxed._write_frame(opening)
+            await muxed.event_closed.wait()
+
+    play(scene)
+    assert opened <= MAX_OPENED + SECONDS
 
 
 def test_two_members_that_ask_each_other_for_more_than_a_window_are_both_answered() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import math
 from email.utils import formatdate
 
@@ -16,6 +17,7 @@ from httpx_p2pcache.node.checks import MAX_FIELD_BYTES, MAX_FIELDS, MAX_FUTURE, 
 
 NOW = 1_800_000_000.0
 LIMIT = 10_000
+GZIP = {"cache-control": ["max-age=60"], "content-encoding": ["gzip"]}
 FRESH = {"cache-control": ["private, max-age=60"]}
 
 
@@ -42,8 +44,9 @@ def test_an_entry_goes_on_ageing_from_where_it_was_when_it_was_sealed(
         {"method": "HEAD", "body": b"", "headers": {**FRESH, "content-length": ["1234"]}},
         {"url": "http://[::1]:8080/x?page=2"},
         {"status": 404},
-        {"status": 301, "headers": {"location": ["https://elsewhere.example/"]}},
-        {"status": 500, "headers": FRESH},
+        {"status": 301, "headers": {"location": [f"{URL}/moved"]}},
+        {"status": 301, "headers": {"location": ["/moved"]}},
+        {"status": 404, "headers": FRESH},
         {"headers": {}},
         {"headers": {**FRESH, "content-length": ["9"], "date": [formatdate(NOW + 3000, usegmt=True)]}},
         {"headers": {**FRESH, "date": ["no date at all"]}},
@@ -60,6 +63,12 @@ def test_an_entry_goes_on_ageing_from_where_it_was_when_it_was_sealed(
 def test_what_an_honest_peer_sends_is_believed(changes: dict[str, object]) -> None:
     entry = an_entry(**changes)
     assert check(entry) == msgspec.structs.replace(entry, received=NOW)
+
+
+def test_an_entry_is_as_old_as_its_date_says_as_far_as_clocks_agree() -> None:
+    """RFC 9111 §4.2.3: what a member says of its age makes it older, never younger."""
+    headers = {"cache-control": ["max-age=864000"], "date": [formatdate(NOW - 7 * 86400, usegmt=True)]}
+    assert check(an_entry(headers=headers)).initial_age == 7 * 86400 - MAX_FUTURE
 
 
 @pytest.mark.parametrize(
@@ -98,7 +107,17 @@ def test_what_an_honest_peer_sends_is_believed(changes: dict[str, object]) -> No
         ({"headers": {"cache-control": ["max-age=60", 'ext="\\\\", No-Store, a="b"']}}, "RFC 9111 §3"),
         ({"status": 206, "headers": FRESH}, "RFC 9111 §3"),
         ({"status": 304, "headers": FRESH}, "RFC 9111 §3"),
-        ({"status": 500, "headers": {}}, "RFC 9111 §3"),
+        ({"status": 302, "headers": {}}, "RFC 9111 §3"),
+        *(
+            ({"status": status, "headers": FRESH}, "a refusal, or a failure")
+            for status in (401, 403, 429, 451, 500, 503)
+        ),
+        ({"status": 301, "headers": {"location": ["https://elsewhere.example/"]}}, "Location"),
+        ({"status": 301, "headers": {"location": ["//elsewhere.example/"]}}, "Location"),
+        ({"body": gzip.compress(b"{}") + gzip.compress(b"evil"), "headers": GZIP}, "goes on after its end"),
+        ({"body": gzip.compress(b"{}") + b"?", "headers": GZIP}, "goes on after its end"),
+        ({"body": gzip.compress(b"{}"), "headers": {**FRESH, "content-encoding": ["x-gzip"]}}, "not checked"),
+        ({"body": gzip.compress(b"{}"), "headers": {**FRESH, "content-encoding": ["deflate"]}}, "not in the coding"),
     ],
     ids=lambda value: str(value)[:60],
 )

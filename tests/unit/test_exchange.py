@@ -100,7 +100,7 @@ def machine_says(entries: list[Entry], request: hishel.Request, now: float) -> t
 def for_all(entry: Entry) -> bool:
     """Whether another identity may have it as it is: public, and not for shared caches alone."""
     control = directives(entry.headers)
-    return "public" in control and not {"s-maxage", "proxy-revalidate"} & set(control)
+    return "public" in control and not {"private", "s-maxage", "proxy-revalidate"} & set(control)
 
 
 PUBLIC = {"cache-control": ["public, max-age=600"]}

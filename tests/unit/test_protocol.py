@@ -73,7 +73,7 @@ messages: st.SearchStrategy[Any] = st.one_of(
     st.builds(
         Introduce,
         addresses=st.lists(words, max_size=16),
-        host=words,
+        place=words,
         members=st.lists(st.tuples(peers, st.lists(words, max_size=2)), max_size=4),
         takes=st.integers(0, 2**50),
     ),

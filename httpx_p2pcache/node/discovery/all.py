@@ -24,7 +24,7 @@ def discoveries(fleet: Fleet) -> list[Discovery]:
     return [
         *([InThread(StaticPeers(settings.bootstrap_peers), fleet.in_thread)] if settings.bootstrap_peers else []),
         *(
-            InThread(Registry(directory, ring, settings.peer_ttl, announces=ring is keyring), fleet.in_worker)
+            InThread(Registry(directory, ring, settings.peer_ttl, announces=ring is keyring), fleet.in_thread)
             for ring in keyring.every
         ),
         *([InThread(artifacts, fleet.in_thread)] if artifacts is not None else []),

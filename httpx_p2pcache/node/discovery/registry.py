@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import socket
 import time
 from pathlib import Path
@@ -62,20 +63,23 @@ class Registry:
             record = self._read(entry)
             if record is None:
                 continue
-            if self._is_old(entry, record, now):
-                with contextlib.suppress(OSError):  # it may be another user's
-                    Path(entry.path).unlink()
+            if self._is_old(entry, now):
+                if self._ours is not None:  # else we do not know the file system's clock
+                    with contextlib.suppress(OSError):  # it may be another user's
+                        Path(entry.path).unlink()
+                continue
+            if not abs(now - record.written) <= self._ttl + MAX_DIFFERENCE:  # or our own clock is wrong
                 continue
             found.append(record.sighting(host, "registry"))
         return found
 
-    def _is_old(self, entry: os.DirEntry[str], record: Record, now: float) -> bool:
-        """By the file system's clock, which those who share it have in common; by our own, only beyond any doubt."""
+    def _is_old(self, entry: os.DirEntry[str], now: float) -> bool:
+        """By the file system's clock, which those who share it have in common, and who has written there knows."""
         try:
             age = now + self._ahead - entry.stat(follow_symlinks=False).st_mtime
         except OSError:
             return False
-        return age > self._ttl or not abs(now - record.written) <= self._ttl + MAX_DIFFERENCE
+        return age > self._ttl
 
     def withdraw(self) -> None:
         if self._ours is not None:
@@ -88,8 +92,8 @@ class Registry:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         record = Record(peer_id, addresses[:MAX_ADDRESSES], socket.gethostname(), now)
         name = f"{self._keyring.label}-{hashlib.sha256(peer_id).hexdigest()[:16]}.peer"
-        temporary = self._directory / f".{name}.{os.getpid()}"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        temporary = self._directory / f".{name}.{secrets.token_hex(8)}"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(record.seal(self._keyring, PLACE))
         self._ours = self._directory / name
