@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import ssl
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -594,3 +596,231 @@ def test_what_a_write_names_in_another_spelling_is_invalidated(
     assert [client.get(item).content for _ in range(2)] == [b"old", b"old"]
     client.post(f"http://localhost:{port}/items")
     assert client.get(item).content == b"new"
+
+
+# --- refusals, limits, and what is of no use to anybody -------------------------------------------------------------
+
+SPENT = {"X-RateLimit-Limit": "60", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "4000000000"}
+REFUSED = b'{"message": "Resource not accessible by integration"}'
+LIMITED = b'{"message": "API rate limit exceeded for user ID 1."}'
+
+
+@pytest.mark.parametrize(("said", "served"), [(REFUSED, REFUSED), (LIMITED, b"old"), (b"", b"old")])
+def test_a_403_that_spends_the_last_of_a_limit_is_a_limit_only_if_it_says_so(
+    origin: Scripted,
+    settings_for: Callable[..., Settings],
+    client_for: Callable[..., httpx.Client],
+    said: bytes,
+    served: bytes,
+) -> None:
+    """The one law: no token is shown what the origin has just refused it."""
+    origin.script = in_turn(Answer(b"old", fields=STALE), Answer(said, 403, SPENT), Answer(said, 403, SPENT))
+    client = client_for(settings_for(enable_p2p=False, github_hosts=(origin.netloc,)), headers=A)
+    asked = [client.get(origin.url) for _ in range(3)]
+    assert [response.content for response in asked] == [b"old", served, served]
+    assert [response.status_code for response in asked[1:]] == [403 if served == REFUSED else 200] * 2
+
+
+def test_a_403_with_retry_after_is_a_refusal_where_nobody_says_that_it_is_a_limit(
+    origin: Scripted, client_for: Callable[..., httpx.Client]
+) -> None:
+    """RFC 5861 §4 names 500, 502, 503 and 504."""
+    old = Answer(b"old", fields={**STALE, "Cache-Control": "max-age=10, stale-if-error=600"})
+    origin.script = in_turn(old, Answer(b"?", 403, {"Retry-After": "60"}), Answer(b"down", 503))
+    client = client_for(headers=A)
+    assert [client.get(origin.url).content for _ in range(3)] == [b"old", b"?", b"down"]
+
+
+@pytest.mark.parametrize("status", [428, 429, 431, 511, 600])
+def test_what_must_not_be_stored_is_not_whatever_its_lifetime(
+    origin: Scripted, client_for: Callable[..., httpx.Client], status: int
+) -> None:
+    """RFC 6585 §3 to §6."""
+    origin.script = in_turn(
+        Answer(b"?", status, {"Cache-Control": "public, max-age=60"}), Answer(b"fine", fields=FRESH)
+    )
+    client = client_for()
+    assert [caching(client.get(origin.url))[2] for _ in range(2)] == [False, True]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410, 451])
+def test_who_was_refused_is_not_given_what_is_public_until_the_origin_says_otherwise(
+    origin: Scripted, client_for: Callable[..., httpx.Client], status: int
+) -> None:
+    public = Answer(b"for all", fields={"Cache-Control": "public, max-age=600", "Date": -5.0})
+    origin.script = in_turn(public, Answer(b"?", status), Answer(b"?", status))
+    client = client_for()
+    client.get(origin.url, headers=A)
+    assert client.get(origin.url, headers={**B, "Cache-Control": "no-cache"}).status_code == status
+    assert client.get(origin.url, headers=B).status_code == status
+
+
+SINCE: dict[str, tuple[str, Answer]] = {
+    "200 with another tag": ("GET", Answer(b"BBBBBBBB", fields={"ETag": '"2"', "Cache-Control": "max-age=0"})),
+    "200 that must not be stored": ("GET", Answer(b"BBBBBBBB", fields={"Cache-Control": "no-store"})),
+    "HEAD with another tag": ("HEAD", Answer(fields={"ETag": '"2"', **FRESH})),
+    "451": ("GET", Answer(b"?", 451)),
+}
+
+
+@pytest.mark.parametrize("later", SINCE)
+def test_a_part_does_not_outlive_what_came_later(
+    origin: Scripted, client_for: Callable[..., httpx.Client], later: str
+) -> None:
+    """RFC 9111 §4, §4.3.3 and §4.3.5."""
+    old = {"ETag": '"1"', "Cache-Control": "max-age=600", "Content-Range": "bytes 0-3/8", "Date": -5.0}
+    new = {"ETag": '"2"', "Cache-Control": "max-age=600", "Content-Range": "bytes 0-3/8"}
+    method, between = SINCE[later]
+    origin.script = in_turn(Answer(b"AAAA", 206, old), between, Answer(b"BBBB", 206, new))
+    client, part = client_for(), {"Range": "bytes=0-3"}
+    assert client.get(origin.url, headers=part).content == b"AAAA"
+    assert caching(client.get(origin.url, headers=part)) == HIT
+    client.request(method, origin.url)
+    assert client.get(origin.url, headers=part).content == b"BBBB"
+
+
+def test_a_part_that_was_asked_for_by_if_range_is_no_beginning_of_a_whole(
+    origin: Scripted, client_for: Callable[..., httpx.Client]
+) -> None:
+    """RFC 9110 §15.3.7: it leaves out what the asker is taken to know, as its Content-Type."""
+    part = {"ETag": '"1"', "Cache-Control": "max-age=600", "Content-Range": "bytes 0-7/8"}
+    whole = Answer(b"AAAAAAAA", fields={**FRESH, "ETag": '"1"', "Content-Type": "text/plain"})
+    origin.script = in_turn(Answer(b"AAAAAAAA", 206, part), whole)
+    client = client_for()
+    client.get(origin.url, headers={"Range": "bytes=0-7", "If-Range": '"1"'})
+    assert client.get(origin.url).headers["content-type"] == "text/plain"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"Cache-Control": "no-cache"},
+        {"Cache-Control": "max-age=60", "Vary": "*"},
+        {"Content-Type": "text/event-stream"},
+    ],
+    ids=str,
+)
+def test_nobody_waits_for_what_can_never_be_an_answer(
+    origin: Scripted, client_for: Callable[..., httpx.Client], fields: Fields
+) -> None:
+    gate = threading.Event()  # an endless stream
+    origin.script = lambda asked: Answer(fields=fields, pieces=[b"first", b"last"], gate=gate)
+    client = client_for(timeout=30)
+
+    def first() -> bytes:
+        with client.stream("GET", origin.url) as response:
+            return next(response.iter_raw())
+
+    with client.stream("GET", origin.url), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(first).result(PROMPT) == b"first"
+        gate.set()
+
+
+@pytest.mark.parametrize("beside", [{"Cache-Control": "only-if-cached, no-store"}, {"If-Match": '"1"'}], ids=str)
+def test_only_if_cached_never_reaches_the_origin(
+    origin: Scripted, client_for: Callable[..., httpx.Client], beside: dict[str, str]
+) -> None:
+    """RFC 9111 §5.2.1.7."""
+    response = client_for().get(origin.url, headers={"Cache-Control": "only-if-cached", **beside})
+    assert (response.status_code, origin.asked) == (504, [])
+
+
+def test_cache_status_says_why_the_origin_was_asked(origin: Scripted, client_for: Callable[..., httpx.Client]) -> None:
+    """RFC 9211 §2.2."""
+    origin.script = lambda asked: Answer(b"x", fields={**FRESH, "ETag": '"1"'})
+    client, demanding = client_for(), {"Cache-Control": "no-cache"}
+    said = [client.get(origin.url, headers=fields).headers["cache-status"] for fields in (demanding, {}, demanding)]
+    assert [one.split("; ")[1] for one in said] == ["fwd=miss", "hit", "fwd=request"]
+
+
+def test_a_head_whose_length_a_chunked_body_has_takes_nothing_away(
+    origin: Scripted, client_for: Callable[..., httpx.Client]
+) -> None:
+    chunked = Answer(fields={**FRESH, "ETag": '"1"'}, pieces=[b"ab", b"cd"])
+    origin.script = in_turn(chunked, Answer(b"abcd", fields={"ETag": '"1"', **FRESH}))
+    client = client_for()
+    client.get(origin.url)
+    client.head(origin.url, headers={"Cache-Control": "no-cache"})
+    assert caching(client.get(origin.url)) == HIT
+
+
+@pytest.mark.parametrize(
+    ("target", "shared"),
+    [
+        ("/repos/o/r/actions/caches?key=npm-&ref=x", True),
+        ("/list?pageToken=CAU", True),
+        ("/list?next_page_token=CAU", True),
+        ("/list?key=abc", False),
+        ("/list?refresh_token=abc", False),
+        ("/list?page_token=x&access_token=abc", False),
+    ],
+)
+def test_a_place_in_a_list_is_no_secret(
+    origin: Scripted, client_for: Callable[..., httpx.Client], target: str, shared: bool
+) -> None:
+    client = client_for()
+    client.get(origin.url + target)
+    assert (caching(client.get(origin.url + target)) == HIT) == shared
+
+
+def test_versions_of_github_s_api_are_told_apart_though_its_vary_does_not_name_them(
+    origin: Scripted, client_for: Callable[..., httpx.Client]
+) -> None:
+    def script(asked: Asked) -> Answer:
+        version = asked.fields.get("x-github-api-version", "2022-11-28")
+        return Answer(version.encode(), fields={**FRESH, "Vary": "Accept", "X-GitHub-Api-Version-Selected": version})
+
+    origin.script = script
+    client, name = client_for(), "X-GitHub-Api-Version"
+    plain, same, other = {}, {name: "2022-11-28"}, {name: "2026-03-10"}
+    asked: Sequence[dict[str, str]] = (plain, same, other, plain, other, same)
+    responses = [client.get(origin.url, headers=fields) for fields in asked]
+    assert [r.text for r in responses] == [fields.get(name, "2022-11-28") for fields in asked]
+    assert [caching(r) == HIT for r in responses] == [False, True, False, True, True, True]
+
+
+def test_a_slow_reader_does_not_put_an_older_answer_in_the_place_of_a_newer_one(
+    origin: Scripted, client_for: Callable[..., httpx.Client]
+) -> None:
+    gate = threading.Event()
+    first = Answer(fields=FRESH, pieces=[b"version", b" 1"], gate=gate)
+    origin.script = in_turn(first, Answer(b"version 2", fields=FRESH))
+    client = client_for()
+    with client.stream("GET", origin.url) as slow:
+        # As it would wait for itself, it is let go.
+        assert client.get(origin.url).content == b"version 2"
+        gate.set()
+        assert slow.read() == b"version 1"
+    assert client.get(origin.url).content == b"version 2"
+
+
+def test_a_revalidation_in_the_background_that_breaks_off_holds_up_nobody(
+    origin: Scripted, client_for: Callable[..., httpx.Client]
+) -> None:
+    body, cut = b"x" * 1000, {"Cache-Control": "max-age=60"}
+    origin.script = in_turn(
+        Answer(b"old", fields=STALE_WHILE_REVALIDATE), Answer(body, fields=cut, cut=10), Answer(b"new", fields=FRESH)
+    )
+    client = client_for(timeout=30)
+    assert [client.get(origin.url).content for _ in range(2)] == [b"old", b"old"]
+    origin.wait_for(2)
+    began = time.monotonic()
+    assert client.get(origin.url, headers={"Cache-Control": "no-cache"}).content == b"new"
+    assert time.monotonic() - began < PROMPT
+
+
+def test_a_response_that_is_dropped_unread_holds_up_nobody(
+    origin: Scripted, client_for: Callable[..., httpx.Client]
+) -> None:
+    gate = threading.Event()
+    origin.script = in_turn(Answer(fields=FRESH, pieces=[b"a", b"b"], gate=gate), Answer(b"whole", fields=FRESH))
+    client = client_for(timeout=30)
+
+    def drop() -> None:
+        client.send(client.build_request("GET", origin.url), stream=True)
+
+    drop()
+    gc.collect()
+    with ThreadPoolExecutor(1) as pool:  # another thread: the same would not wait for itself
+        assert pool.submit(client.get, origin.url).result(PROMPT).content == b"whole"
+    gate.set()

@@ -56,3 +56,20 @@ def test_an_interrupt_while_another_process_is_waited_for_leaves_no_transaction_
         assert connection.in_transaction
     assert not connection.in_transaction
     connection.close()
+
+
+def test_what_a_job_asks_for_itself_is_not_begun_before_the_job_is_done() -> None:
+    done: list[str] = []
+    lock = threading.RLock()
+
+    def do(works: Sequence[str], patient: bool) -> bool:
+        later.flush()  # as a job does that looks for its key
+        done.extend(works)
+        return patient
+
+    later: Behind[str] = Behind(lock, do, seconds=60.0, at_once=1)
+    with lock:
+        for number in range(2000):  # deeper than any stack
+            later.add(b"key", 1, str(number))
+        later.flush()
+    assert done == [str(number) for number in range(2000)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 import string
 from collections.abc import Iterator
 
@@ -25,6 +26,7 @@ from httpx_p2pcache.entries import (
     same_origin,
 )
 from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.machine import proof_of_place, proves_place
 
 CREDENTIALS = ("authorization", "cookie", "proxy-authorization", "x-github-otp", "x-api-key", "private-token")
 KEY = cache_key(URL)
@@ -502,3 +504,12 @@ def test_the_repr_of_an_entry_shows_neither_its_query_nor_its_identity_nor_its_b
     entry = an_entry(url=URL + "?q=private", identity="f" * 32, body=b"confidential", selecting={"cookie": "d" * 32})
     for hidden in ("private", "f" * 32, "confidential", "d" * 32, "octo-org"):
         assert hidden not in repr(entry)
+
+
+def test_who_is_on_this_machine_proves_it_to_one_peer_and_for_itself_alone() -> None:
+    proof = proof_of_place(b"me", b"you")
+    assert proves_place(proof, b"me", b"you")
+    assert not proves_place(proof, b"somebody who has copied it", b"you")
+    assert not proves_place(proof, b"me", b"somebody else")
+    for said in ("", socket.gethostname(), "x" * 64, "\u20ac"):
+        assert not proves_place(said, b"me", b"you")

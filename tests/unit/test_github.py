@@ -114,9 +114,19 @@ def test_paths_of_one_kind_are_one_family(url: str, expected: str) -> None:
         ('<https://api.github.com/repositories/5/issues?page=2>; rel="next"', True),
         ('<https://evil.example/repositories/5/issues?page=2>; rel="next"', False),
         ('<https://api.github.com/user/keys>; rel="next"', False),
+        ('<https://api.github.com/repositories/5/issues?page=7>; rel="last"', True),
+        ('<https://api.github.com/repositories/5/issues?page=3>; rel="next"', False),
+        ('<https://api.github.com/repositories/5/issues?page=1>; rel="next"', False),
+        ('<https://api.github.com/repositories/5/issues?page=2&per_page=1>; rel="next"', False),
+        ('<https://api.github.com/repositories/5/issues?after=abc>; rel="next"', False),
+        ('<https://api.github.com/repositories/5/issues?page=2>; rel="next last"', False),
+        ('<https://api.github.com/repositories/5/issues?page=2>; rel="next"; rel="last"', False),
+        ('<https://api.github.com/repositories/5/issues?page=2>; rel="previous"', False),
+        ("<https://api.github.com/repositories/5/issues?page=2>; REL=NEXT", True),
+        ('<https://api.github.com/repositories/5/issues>; rel="alternate"', True),
     ],
 )
-def test_a_link_is_used_only_within_its_origin_and_family(link: str, stays: bool) -> None:
+def test_a_link_is_used_only_within_its_origin_and_family_and_to_the_pages_around_it(link: str, stays: bool) -> None:
     assert links_stay(entry(link=link)) is stays
 
 
@@ -129,6 +139,13 @@ def test_a_link_is_used_only_within_its_origin_and_family(link: str, stays: bool
         (30, "", '<https://api.github.com/x?page=1>; rel="prev"', True),
         (30, "?per_page=100", "", False),
         (100, "?per_page=100", "", True),
+        (100, "?per_page=200", "", True),
+        (
+            1,
+            "?per_page=1",
+            '<https://api.github.com/x?page=2>; rel="next", <https://api.github.com/x>; rel="last"',
+            True,
+        ),
     ],
 )
 def test_only_a_full_last_page_may_have_grown(items: int, query: str, link: str, grown: bool) -> None:
@@ -180,3 +197,12 @@ def test_another_identitys_entry_helps_only_where_the_rule_can_hold(
 ) -> None:
     rules, _ = github(**changes)
     assert rules.shares(method, url, Headers({"User-Agent": agent})) is shares
+
+
+@pytest.mark.parametrize(
+    ("kind", "usable"),
+    [("application/json", True), ("application/json; charset=utf-8", True), ("text/plain; charset=utf-16", False)],
+)
+def test_a_body_whose_characters_no_304_speaks_of_is_not_proven(kind: str, usable: bool) -> None:
+    told = entry(b"{}", **{"content-type": kind})
+    assert (github()[0].validator(Headers({}), told, {}) is not None) is usable

@@ -128,6 +128,17 @@ def test_a_refusal_that_a_member_has_seen_in_the_future_is_probed_once_a_minute_
     assert not board.refused("", URL, now + PROBE_SECONDS + 1)
 
 
+def test_a_refusal_that_a_member_tells_of_again_and_again_is_probed_as_often_as_any_other() -> None:
+    board, now, probed = QuotaBoard(), 1_000_000.0, 0
+    for second in range(0, 600, 5):
+        at = now + second
+        board.merge(
+            Quota(identity="", resource="core", limit=60, remaining=0, reset=at, refused_until=at + 3600, seen=at), at
+        )
+        probed += not board.refused("", URL, at)
+    assert probed == 600 // PROBE_SECONDS - 1
+
+
 # What an origin may say
 
 

@@ -240,3 +240,13 @@ def test_who_is_reached_by_a_member_counts_as_unreached_once_the_grace_is_over()
     # However late it is first judged: the grace has begun when it was told.
     assert candidates.unreached([THEIRS[0]], 100.0 + GRACE_SECONDS - 0.01) == 0
     assert candidates.unreached([THEIRS[0]], 100.0 + GRACE_SECONDS) == 1
+
+
+def test_whom_a_stranger_names_does_not_count_until_a_member_does_or_we_have_met() -> None:
+    candidates = Candidates(OURS)
+    for peer_id in THEIRS:
+        candidates.sighted(sighting(peer_id, how="dht"), 0.0)
+    assert candidates.promising() == set()
+    candidates.sighted(sighting(THEIRS[0], how="peers"), 1.0)
+    assert candidates.promising() == {THEIRS[0]}
+    assert candidates.everybody() == set(THEIRS)
