@@ -5,7 +5,11 @@
 const path = require('node:path')
 const fs = require('node:fs')
 const os = require('node:os')
-const { exportVariable, input, mask, run, saveState, say, setOutput, warn } = require('./runner.js')
+const { randomUUID } = require('node:crypto')
+const { addPath, exportVariable, input, jobs, mask, run, saveState, say, setOutput, warn } = require('./runner.js')
+
+const IDLE_SECONDS = 21600 // a job may build for long before it asks again; the daemon ends with the job
+const NODE_SECONDS = 30 // for a node to know who it is: it imports libp2p first
 
 const VARIABLES = {
   secret: 'CACHE_SHARED_SECRET',
@@ -16,17 +20,43 @@ const VARIABLES = {
   'cache-dir': 'CACHE_DIR'
 }
 
-function install (python) {
+// The Python that has the package from now on; undefined if none has.
+function installed (python) {
   const wanted = input('install')
-  if (wanted === 'false') return true
+  if (wanted === 'false') return python
   const here = path.resolve(__dirname, '..', '..')
   if (process.platform === 'linux' && run('cc', ['-E', '-'], { input: '#include <gmp.h>\n' }).status !== 0) {
     // libp2p is built with GMP; hosted runners let us install its headers.
     run('sudo', ['-n', 'apt-get', 'install', '-y', '-qq', 'gcc', 'libgmp-dev'])
   }
-  const done = run(python, ['-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', wanted || `${here}[p2p,cli]`])
-  if (done.status !== 0) warn(`pip could not install it: ${done.stderr.trim().split('\n').pop()}`)
-  return done.status === 0
+  const pip = ['-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', wanted || `${here}[p2p,cli]`]
+  let done = run(python, pip)
+  if (done.status !== 0 && done.stderr.includes('externally-managed-environment')) { // as Debian's own Python is
+    const apart = path.join(process.env.RUNNER_TEMP || os.tmpdir(), 'p2pcache-python')
+    done = run(python, ['-m', 'venv', apart])
+    python = path.join(apart, 'bin', 'python')
+    if (done.status === 0) done = run(python, pip)
+  }
+  if (done.status === 0) return python
+  const lines = `${done.stderr}\n${done.stdout}`.trim().split('\n')
+  warn(`pip could not install it: ${lines.find(line => line.toLowerCase().startsWith('error')) || lines.pop()}`)
+}
+
+// Has a daemon running, in place of one that is for another fleet unless other jobs of this machine use that.
+function init (python, wait, env, given) {
+  const order = ['-m', 'httpx_p2pcache.cli', 'init', '--json', '--idle', String(IDLE_SECONDS), '--wait', wait]
+  const done = run(python, order, { env })
+  if (done.status === 0 || !done.stderr.includes('another secret or fleet')) return done
+  const at = run(python, ['-m', 'httpx_p2pcache.cli', 'status', '--json'], { env })
+  if (at.status === 0 && jobs(JSON.parse(at.stdout).cache_dir).length > 0) {
+    env.CACHE_DIR = given.CACHE_DIR = path.join(process.env.RUNNER_TEMP || os.tmpdir(), 'p2pcache')
+    return run(python, order, { env })
+  }
+  return run(python, [...order, '--replace'], { env })
+}
+
+function pause () {
+  Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 250)
 }
 
 function routeGh (door) {
@@ -38,22 +68,38 @@ function routeGh (door) {
 
 function main () {
   mask(input('secret'))
-  const given = { CACHE_ENABLE_P2P: 'true' }
+  const given = { CACHE_ENABLE_P2P: process.env.CACHE_ENABLE_P2P || 'true' }
   for (const [name, variable] of Object.entries(VARIABLES)) {
     if (input(name)) given[variable] = input(name)
   }
-  const python = input('python') || 'python3'
+  const python = installed(input('python') || 'python3')
+  if (!python) return
   saveState('python', python)
-  if (!install(python)) return
-  const wait = input('wait') || '10'
+  let wait = input('wait') || '10'
+  if (!(Number(wait) >= 0 && Number(wait) <= 300)) {
+    warn(`wait is to be a number of seconds from 0 to 300, not ${wait}: 10 is taken`)
+    wait = '10'
+  }
   const env = { ...process.env, ...given }
-  const done = run(python, ['-m', 'httpx_p2pcache.cli', 'init', '--json', '--replace', '--wait', wait], { env })
+  const done = init(python, wait, env, given)
   if (done.status !== 0) return warn(`the daemon did not start: ${done.stderr.trim()}`)
-  const status = JSON.parse(done.stdout)
+  let status = JSON.parse(done.stdout)
+  const started = status.started
+  for (const until = Date.now() + NODE_SECONDS * 1000; status.p2p_enabled && !status.peer_id && Date.now() < until; pause()) {
+    const now = run(python, ['-m', 'httpx_p2pcache.cli', 'status', '--json'], { env })
+    if (now.status === 0) status = { ...status, ...JSON.parse(now.stdout) }
+  }
   // Not before: a value that cannot be used would fail the steps to come.
-  for (const [variable, value] of Object.entries(given)) exportVariable(variable, value)
-  saveState('running', status.started ? 'ours' : 'found')
-  exportVariable('CACHE_DIR', fs.realpathSync(status.cache_dir))
+  const directory = fs.realpathSync(status.cache_dir)
+  for (const [variable, value] of Object.entries({ ...given, CACHE_DIR: directory })) exportVariable(variable, value)
+  const scripts = run(python, ['-c', 'import sysconfig; print(sysconfig.get_path("scripts"))']).stdout.trim()
+  if (scripts) addPath(scripts)
+  // Of the jobs that use it the last one stops it, if one of them has started it.
+  const job = path.join(directory, 'jobs', randomUUID())
+  fs.mkdirSync(path.dirname(job), { recursive: true, mode: 0o700 })
+  fs.writeFileSync(job, '', { mode: 0o600 })
+  if (started) fs.writeFileSync(path.join(directory, 'jobs', 'started'), String(status.pid), { mode: 0o600 })
+  saveState('job', job)
   setOutput('peer_id', status.peer_id || '')
   setOutput('peer_multiaddr', status.addresses.length ? `${status.addresses[0]}/p2p/${status.peer_id}` : '')
   setOutput('door', status.door)

@@ -3,6 +3,7 @@
 
 const crypto = require('node:crypto')
 const fs = require('node:fs')
+const path = require('node:path')
 const { spawnSync } = require('node:child_process')
 
 function input (name) {
@@ -10,17 +11,26 @@ function input (name) {
 }
 
 function append (file, name, value) {
-  const path = process.env[file]
-  if (!path) return
+  const to = process.env[file]
+  if (!to) return
   // A value may have any lines: what ends it is not to be guessed.
   const end = `end-${crypto.randomUUID()}`
-  fs.appendFileSync(path, `${name}<<${end}\n${value}\n${end}\n`)
+  fs.appendFileSync(to, `${name}<<${end}\n${value}\n${end}\n`)
 }
 
 const escaped = (text) => String(text).replace(/%/g, '%25').replace(/\r/g, '%0D').replace(/\n/g, '%0A')
 
+const JOB_SECONDS = 86400 // for which a job is believed to go on, if it never says that it has ended
+
 module.exports = {
   input,
+  addPath: (directory) => { if (process.env.GITHUB_PATH) fs.appendFileSync(process.env.GITHUB_PATH, `${directory}\n`) },
+  // The jobs of this machine that use the daemon of a CACHE_DIR: a file each.
+  jobs (directory) {
+    const kept = path.join(directory, 'jobs')
+    const names = fs.existsSync(kept) ? fs.readdirSync(kept).filter(name => name !== 'started') : []
+    return names.filter(name => Date.now() - fs.statSync(path.join(kept, name)).mtimeMs < JOB_SECONDS * 1000)
+  },
   exportVariable (name, value) {
     process.env[name] = value
     append('GITHUB_ENV', name, value)

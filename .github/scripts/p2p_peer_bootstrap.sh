@@ -47,15 +47,19 @@ print(peer_id, f"{address}/p2p/{peer_id}" if peer_id and address else "", addres
 
 init() {
   local status peers peer_id multiaddr port
-  if ! p2pcache --help > /dev/null 2>&1; then
-    say "httpx-p2pcache is not installed for ${PYTHON:-python3}: pip install 'httpx-p2pcache[p2p,cli]'"
+  local missing
+  if ! missing="$(p2pcache --help 2>&1 > /dev/null)"; then
+    say "${missing##*$'\n'}"
+    say "httpx-p2pcache is not there for ${PYTHON:-python3}: pip install 'httpx-p2pcache[p2p,cli]'"
     return 1
   fi
   peers="$(p2pcache discover 5 2> /dev/null | paste -sd, -)"
   [ -n "${CACHE_BOOTSTRAP_PEERS:-}" ] && peers="$CACHE_BOOTSTRAP_PEERS"
-  status="$(CACHE_ENABLE_P2P=true p2pcache init --json --replace)" || return 1
+  export CACHE_ENABLE_P2P="${CACHE_ENABLE_P2P:-true}"
+  # A job may build for long before it asks again; the daemon ends with the job.
+  status="$(p2pcache init --json --replace --idle 21600)" || return 1
   { read -r peer_id; read -r multiaddr; read -r port; } < <(described <<< "$status")
-  tell "${GITHUB_ENV:-}" CACHE_ENABLE_P2P true
+  tell "${GITHUB_ENV:-}" CACHE_ENABLE_P2P "$CACHE_ENABLE_P2P"
   tell "${GITHUB_ENV:-}" CACHE_LISTEN_PORT "${port:-${CACHE_LISTEN_PORT:-9100}}"
   # Without peers it is left unset: then others are looked for in every other way.
   [ -n "$peers" ] && tell "${GITHUB_ENV:-}" CACHE_BOOTSTRAP_PEERS "$peers"

@@ -19,5 +19,6 @@ def main() -> None:
     except ImportError as exc:
         if exc.name not in ("typer", "rich"):
             raise
-        sys.exit("p2pcache: the command needs the extra cli: pip install 'httpx-p2pcache[cli]'")
+        print("p2pcache: the command needs the extra cli: pip install 'httpx-p2pcache[cli]'", file=sys.stderr)
+        sys.exit(2)
     app()

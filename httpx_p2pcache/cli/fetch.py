@@ -73,6 +73,10 @@ def get(
             failed = _print(client, url, include, paginate)
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         fail(f"{parts.netloc.rpartition('@')[2]}{parts.path}: {type(exc).__name__}: {exc}", 2)
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        fail(f"the answer could not be written: {exc}", 2)
     raise typer.Exit(1 if failed else 0)
 
 

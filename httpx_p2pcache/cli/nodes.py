@@ -45,6 +45,8 @@ def init(
         fail(str(exc), 2)
     except OSError as exc:
         fail(f"CACHE_DIR {settings.dir} cannot be used: {exc}", 2)
+    if not started and idle not in (life.IDLE_SECONDS, status["ends_after_idle_seconds"] or 0):
+        print(f"p2pcache: it was running already: --idle {idle:g} has no effect", file=sys.stderr)
     if as_json:
         print_json({**status, "started": started})
         return

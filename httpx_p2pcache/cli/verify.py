@@ -129,7 +129,7 @@ def _directory(about: str, path: Path, variable: str) -> Check:
 
 def _daemon(settings: Settings, status: dict[str, Any]) -> Check:
     if not life.is_for(settings, status):
-        return Check("daemon", False, f"the one that runs is {life.FOREIGN}")
+        return Check("daemon", False, f"the one that runs is for {life.FOREIGN}")
     if not status["p2p_enabled"]:
         why = status.get("off_because") or "see its log"
         return Check("daemon", False, f"does not share: {why}; then p2pcache stop, and p2pcache init")

@@ -30,7 +30,7 @@ STOP_SECONDS = 5.0
 LOCK_SECONDS = 0.2
 REMOTE_SECONDS = 5.0  # for a daemon to answer a command
 LOG = "daemon.log"
-FOREIGN = "for another secret or fleet: p2pcache stop, then p2pcache init"
+FOREIGN = "another secret or fleet: p2pcache stop, then p2pcache init"
 _LOCK = "daemon.lock"
 
 
@@ -133,7 +133,8 @@ def launch(
         time.sleep(0.02)
         status = remote.get("/status")
     if not is_for(settings, status):
-        raise RuntimeError(f"the daemon that runs in {settings.dir} is {FOREIGN}")
+        fleets = f"the fleet {status.get('fleet')!r}, and this is {settings.fleet!r}"
+        raise RuntimeError(f"the daemon that runs in {settings.dir} is for {fleets}: {FOREIGN}")
     until = time.monotonic() + wait
     while not status["joined"] and status["p2p_enabled"] and time.monotonic() < until:
         time.sleep(0.05)

@@ -111,7 +111,7 @@ def test_the_steps_after_a_daemon_that_could_not_start_ask_the_origin(job: Job) 
         assert job.runner.step(*(origin.url + target for target in origin.resources))["sources"] == ["origin"]
 
 
-@pytest.mark.parametrize("inputs", [{"python": "./no-python"}, {"wait": "a while"}, {"cache-dir": "ENV/is-a-file"}])
+@pytest.mark.parametrize("inputs", [{"python": "./no-python"}, {"cache-dir": "ENV/is-a-file"}])
 def test_whatever_an_input_says_the_scripts_end_well(job: Job, inputs: dict[str, str]) -> None:
     said = job.script("main", secret=SECRET, **inputs)
     assert len(re.findall(r"^::warning title=httpx-p2pcache::\S.*$", said, re.M)) == 1
@@ -184,8 +184,68 @@ def test_without_the_runners_files_nothing_fails(job: Job) -> None:
     for name in ("ENV", "OUTPUT", "STATE", "STEP_SUMMARY"):
         del job.runner.environment[f"GITHUB_{name}"]
     job.script("main", secret=SECRET)
-    job.runner.environment |= {"STATE_running": "ours", "STATE_python": sys.executable}
+    (used,) = (path for path in (job.runner.directory / "jobs").iterdir() if path.name != "started")
+    job.runner.environment |= {"STATE_job": str(used), "STATE_python": sys.executable}
     assert "the daemon has ended" in job.script("post")
+
+
+def another_job(job: Job, directory: Path) -> Job:
+    """On the same machine, by the same user."""
+    directory.mkdir()
+    other = Job(directory)
+    other.runner.environment["CACHE_DIR"] = str(job.runner.directory)
+    return other
+
+
+def test_of_two_jobs_of_one_machine_the_last_one_ends_the_daemon(job: Job, tmp_path: Path) -> None:
+    other = another_job(job, tmp_path / "other")
+    job.script("main", secret=SECRET)
+    other.script("main", secret=SECRET)
+    assert "ended" not in job.script("post")
+    assert Path(other.file("OUTPUT")["door"]).is_socket()
+    assert job.runner.status()["pid"]
+    assert "the daemon has ended" in other.script("post")
+    assert job.runner.status() == {}
+
+
+def test_a_job_of_another_fleet_does_not_end_the_daemon_of_one_that_goes_on(job: Job, tmp_path: Path) -> None:
+    other = another_job(job, tmp_path / "other")
+    other.runner.environment["RUNNER_TEMP"] = str(tmp_path / "other")
+    job.script("main", secret=SECRET)
+    pid = job.runner.status()["pid"]
+    try:
+        assert "sharing as" in other.script("main", secret="another secret, as long as that one")
+        assert other.file("ENV")["CACHE_DIR"] == str(tmp_path / "other" / "p2pcache")
+        assert job.runner.status()["pid"] == pid
+        assert "the daemon has ended" in other.script("post")
+    finally:
+        other.runner.directory = tmp_path / "other" / "p2pcache"
+        other.runner.stop()
+    assert job.runner.status()["pid"] == pid
+    assert "the daemon has ended" in job.script("post")
+
+
+def test_the_outputs_are_there_though_nobody_is_waited_for_and_so_is_the_command(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "PATH").touch()
+    job.runner.environment["GITHUB_PATH"] = str(tmp_path / "PATH")
+    said = job.script("main", secret=SECRET, wait="0")
+    assert "sharing as null" not in said
+    assert job.file("OUTPUT")["peer_id"]
+    assert (Path((tmp_path / "PATH").read_text().strip()) / "p2pcache").exists()
+    assert job.runner.status()["ends_after_idle_seconds"] >= 6 * 3600
+
+
+@pytest.mark.parametrize("wait", ["a while", "900", "-1"])
+def test_a_wait_that_is_none_is_named_and_the_cache_is_used_all_the_same(job: Job, wait: str) -> None:
+    said = job.script("main", secret=SECRET, wait=wait)
+    assert f"not {wait}: 10 is taken" in said
+    assert "sharing as" in said
+
+
+def test_sharing_can_be_switched_off_for_a_whole_workflow(job: Job) -> None:
+    job.runner.environment["CACHE_ENABLE_P2P"] = "false"
+    assert "a cache for this job alone" in job.script("main", secret=SECRET)
+    assert job.file("ENV")["CACHE_ENABLE_P2P"] == "false"
 
 
 @pytest.mark.skipif(shutil.which("gh") is None, reason="gh is not installed")

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from daemons import TOKEN, Runner
 from waiting import eventually
 
+from httpx_p2pcache import P2PCacheTransport, Settings
 from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.stats import Stats
 from httpx_p2pcache.testing import Origin, made_up
@@ -48,14 +50,23 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """A page on which all there is to see is to be seen: peers, quotas, endpoints, minutes. Nothing on it changes."""
     root = tmp_path_factory.mktemp("page")
     with Origin(made_up(5)) as origin:
-        ours, theirs = (
-            Runner(root / name, root / "registry", CACHE_GITHUB_HOSTS=origin.netloc) for name in ("ours", "theirs")
+        ours = Runner(root / "ours", root / "registry", CACHE_GITHUB_HOSTS=origin.netloc)
+        hostile = Settings(
+            dir=root / "theirs",
+            peer_registry=root / "registry",
+            shared_secret=ours.environment["CACHE_SHARED_SECRET"],
+            listen_host="127.0.0.1",
+            listen_port=0,
+            public_bootstrap=False,
+            github_hosts=(origin.netloc,),
         )
-        # Nobody can connect to these: it connects to the other one, which began before.
-        theirs.environment["CACHE_ANNOUNCE_ADDRS"] = f"/ip4/127.0.0.1/tcp/1/{MARKUP},/ip4/127.0.0.1/tcp/1"
+        # Which no setting can be; and nobody can connect to these: it connects to the other one, which began before.
+        addresses = f"/ip4/127.0.0.1/tcp/1/{MARKUP}", "/ip4/127.0.0.1/tcp/1"
+        msgspec.structs.force_setattr(hostile, "announce_addrs", addresses)
+        theirs = None
         try:
             ours.p2pcache("init", "--port", "0")
-            theirs.p2pcache("init")
+            theirs = P2PCacheTransport(settings=hostile)
             assert eventually(lambda: ours.status().get("connected_peers") == 1, 30)
             for _ in range(2):
                 ours.step(*(origin.url + target for target in origin.resources))
@@ -64,7 +75,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
             yield Page(ours, f"{ours.status()['urls'][0]}/p2pcache/")
         finally:
             ours.stop()
-            theirs.stop()
+            if theirs is not None:
+                theirs.close()
 
 
 def _counted(endpoint: str) -> Stats:
