@@ -348,6 +348,11 @@ class Fleet:
             if not member.ready
         )
 
+    def rtt(self, link: Link) -> float:
+        """The seconds of a round trip to a member, as it was measured last; 0 if it never was."""
+        member = self.members.get(link.peer_id)
+        return (member and member.rtt) or 0.0
+
     def demanded(self) -> None:
         """A member has asked for what we have or fetch, or has what we asked for."""
         self._demanded = time.monotonic()

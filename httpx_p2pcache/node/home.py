@@ -157,9 +157,7 @@ class Home:
         elif isinstance(message, Publish):
             await self._published(link, message)
         elif isinstance(message, Push):
-            member = self._fleet.members.get(link.peer_id)
-            rtt = (member and member.rtt) or 0.0
-            stored = await self._shelf.received(message.key, message.sealed, message.resident, link, travelled=rtt)
+            stored = await self._shelf.received(message.key, message.sealed, message.resident, link)
             if stored is not None:
                 self.ended(message.claim, None, Verdict.PUBLISHED)
         elif isinstance(message, Release):

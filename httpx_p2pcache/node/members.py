@@ -34,6 +34,8 @@ class Member:
     unreached: int = 0  # how many members of its members it cannot reach
     turn: int = 0  # in which it has said so
     asked: float = 0.0  # when we have asked whether it is there, in the loop's time
+    vain: int = 0  # how often what it said was being fetched did not come in time, since it has last come
+    vain_until: float = 0.0  # in the loop's time: until then that is not waited for
     suspect: bool = False  # it has not answered in time: not asked again until it is heard of
 
     @property

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("httpx_p2pcache")
 
+VAIN_WAITS, VAIN_SECONDS = 3, 60.0  # a home that has had us wait for nothing so often is not waited for so long
+
 
 class _Question:
     """One question, where it has been put, and the future that the answer is for. A party to a call."""
@@ -167,15 +169,24 @@ class Questions:
         if isinstance(answer, Wait):
             if question.awaited or question.forwarded:
                 raise Rejected("more answers than a call can have")
-            self._await(question)
+            member = self._fleet.members.get(link.peer_id)
+            if member is not None and member.vain_until > trio.current_time():
+                self._drop(question)
+                self._resolve(question, Unclaimed())
+            else:
+                self._await(question)
             return
         self._drop(question)
         stored = None
+        if question.awaited and (member := self._fleet.members.get(link.peer_id)) is not None:
+            member.vain = 0
         if isinstance(answer, Found):
             self._fleet.demanded()
         if isinstance(answer, Found) or (isinstance(answer, Granted) and answer.sealed):
             try:
                 shelf, travelled = self._fleet.shelf, trio.current_time() - question.put
+                if question.awaited:  # most of that time it was not there yet
+                    travelled = min(travelled, self._fleet.rtt(link))
                 stored = shelf.received_at_once(asked.key, answer.sealed, answer.resident, travelled, link.keyring)
             except MustWait as begun:
                 self._spawn(self._receive, question, answer, link, begun)
@@ -248,6 +259,12 @@ class Questions:
             self._drop(question)
             self._resolve(question, Unclaimed())
         elif question.forwarded or question.awaited:
+            member = fleet.members.get(link.peer_id)
+            if question.awaited and member is not None:
+                # Claims end before those who wait give up: a home that keeps its word is heard of by then.
+                member.vain += 1
+                if member.vain >= VAIN_WAITS:
+                    member.vain_until = trio.current_time() + VAIN_SECONDS
             self.lost(question)
         else:
             self._drop(question)

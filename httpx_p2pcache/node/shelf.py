@@ -77,14 +77,13 @@ class Shelf:
         return sealed
 
     async def received(
-        self, key: bytes, sealed: bytes, resident: float, link: Link, *, travelled: float = 0.0, missing_ok: bool = True
+        self, key: bytes, sealed: bytes, resident: float, link: Link, *, missing_ok: bool = True
     ) -> Stored | None:
         """An entry from a peer, checked and stored; None if it is not believed, not whole, or no longer valid.
 
-        It was there for ``resident`` seconds, and ``travelled`` to us for so many at the most. Raises
-        :class:`BodyMissing` for one that is not whole unless ``missing_ok``.
+        Raises :class:`BodyMissing` for one that is not whole unless ``missing_ok``.
         """
-        steps = self._receiving(key, sealed, resident, travelled, link.keyring, missing_ok)
+        steps = self._receiving(key, sealed, resident, 0.0, link.keyring, missing_ok)
         return await driven(steps, self._fleet.in_worker)
 
     async def finish(self, begun: MustWait) -> Stored | None:

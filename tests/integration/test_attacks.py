@@ -31,6 +31,7 @@ from waiting import eventually
 
 from httpx_p2pcache import P2PCacheTransport, Settings
 from httpx_p2pcache.machine import proof_of_place
+from httpx_p2pcache.node.questions import VAIN_WAITS
 from httpx_p2pcache.testing import Origin, Resource, made_up
 
 pytest.importorskip("libp2p")
@@ -365,6 +366,21 @@ def test_who_is_told_to_wait_for_nothing_waits_no_longer_than_for_a_claim(
         runner = start("a", bootstrap_peers=(member.address,), claim_timeout=0.5)
         all_right(runner, origin, TARGETS[:12], within=PROMPT + 0.5)
         assert member.questions() >= 1
+
+
+def test_a_home_that_has_had_us_wait_for_nothing_is_not_waited_for_again(
+    start: Start, origin: Origin, secret: str
+) -> None:
+    waited = []
+    with Hostile(secret, asked(lambda member, ask: pack(Wait(ask.call)))) as member:
+        runner = start("a", bootstrap_peers=(member.address,), claim_timeout=1.0)
+        assert runner.transport.wait_until_joined(10)
+        for target in TARGETS:
+            began = time.monotonic()
+            assert runner.get(target).status_code == 200
+            waited.append(time.monotonic() - began > 0.8)
+        assert member.questions() >= VAIN_WAITS + 3
+    assert sum(waited) <= VAIN_WAITS + 1, "one more may have been asked before that was waited for in vain"
 
 
 def test_a_home_that_frees_claims_which_are_not_its_own_changes_nothing(
