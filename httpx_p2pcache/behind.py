@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 MAX_UNDONE = 32 * 1024**2  # bytes that may wait for the thread: who brings more waits for it himself
-UNDONE_BYTES = 2048  # that one takes beside its body, more or less
-BETWEEN_SECONDS = 0.0002  # between two of these
-STOP_SECONDS = 0.5  # that who ends it waits for the thread, which has nothing left to do
-IDLE_SECONDS = 5.0  # after which a thread that has nothing to write ends
+UNDONE_BYTES = 2048  # that a job takes beside its body, more or less
+BETWEEN_SECONDS = 0.0002  # between two turns of the thread, in which others may have the lock
+STOP_SECONDS = 0.5  # that close() waits for the thread, which has nothing left to do
+IDLE_SECONDS = 5.0  # after which a thread that has nothing to do ends
 
 Work = TypeVar("Work")
 

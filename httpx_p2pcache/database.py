@@ -61,9 +61,10 @@ class Connection(sqlite3.Connection):
 
     @contextlib.contextmanager
     def together(self, *, patient: bool) -> Iterator[bool]:
-        """One transaction, unless another process has the file for longer than the ``patient`` wait: if there is one.
+        """One transaction, unless another process has the file for longer than is waited; yields whether it was begun.
 
-        Without it each statement finds that anew. Raises ``sqlite3.Error`` where all of it could not be written.
+        Not ``patient``: nothing is waited for. Without it each statement finds that anew. Raises ``sqlite3.Error``
+        where all of it could not be written.
         """
         self._together = True
         try:

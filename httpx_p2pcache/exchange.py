@@ -1,6 +1,6 @@
 """A request's way, from the look-up to the answer: one generator that does no I/O itself.
 
-It yields what it needs done and is sent what came of it. A sync and an async pump (in ``transport``) do it:
+It yields what it needs done and is sent what came of it. A sync and an async pump (``pump``) do it:
 
 ========================  ==============================================================================
 :class:`Run`              call a function that may touch the disk; sent its result
@@ -216,6 +216,7 @@ class Exchange:
             yield Wait(self.network.invalidate(keys), self.settings.lookup_timeout)
 
     def pass_by(self, request: hishel.Request, why: str) -> Way:
+        """The origin's answer, which the store has no part in; ``why``, as RFC 9211 §2.2 names it."""
         reply = yield from self.send(request, {})
         return Answer(None, reply, f"fwd={why}", caching("origin"))
 
@@ -263,6 +264,7 @@ class Exchange:
                 self.network.tell_quota(quota)
 
     def from_store(self, stored: Stored, now: float, *, source: str, collapsed: bool = False) -> Answer:
+        """An entry as an answer, counted; ``source``: "local" or "peer"; ``collapsed``: by another request's fetch."""
         age = stored.entry.age(now)
         status = "fwd=miss; collapsed" if collapsed else "hit"
         status += f"; ttl={stored.fresh_for - int(age)}"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from httpx_p2pcache.quota import Quota
 
 if TYPE_CHECKING:
     from httpx_p2pcache.stored import Stored
+
+logger = logging.getLogger("httpx_p2pcache")
 
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 MAX_SELECTING = 8 * 1024  # characters of a request's fields that are sent in a question: many times what is usual
@@ -227,3 +230,20 @@ class NoPeers:
 
     def after_fork(self) -> PeerNetwork:
         return self
+
+
+_said: set[str] = set()
+
+
+def say_once(message: str, *values: object) -> None:
+    """A warning that a process gives once, however many transports it has."""
+    said = message % values
+    if said not in _said:
+        _said.add(said)
+        logger.warning("%s", said)
+
+
+def nobody(why: str) -> NoPeers:
+    """The network of a runner that does not share, which is said once."""
+    say_once("sharing with other runners is off: %s", why)
+    return NoPeers(why)

@@ -40,8 +40,7 @@ def drive(
         if isinstance(effect, Run):
             return effect.func()
         if isinstance(effect, Wait):
-            found = wait_for(effect.future, effect.seconds, effect.keep)
-            return None if found is NOT_IN_TIME else found
+            return wait_for(effect.future, effect.seconds, effect.keep)
         if isinstance(effect, Send):
             reply = send(effect.added)
             return reply
@@ -130,19 +129,15 @@ def asyncio_loop() -> AbstractEventLoop | None:
         return None
 
 
-NOT_IN_TIME = object()
-
-
 def wait_for(future: Future[Any], timeout: float, keep: bool = False) -> Any:
-    """The result, or ``NOT_IN_TIME``; whoever stops waiting cancels the future, so that nothing is granted in vain."""
+    """The result, or None if there is none in time: who stops waiting cancels the future, so that nothing is granted in
+    vain."""
     try:
         return future.result(timeout)
     except (FutureTimeout, CancelledError):
         if not future.done() and (keep or future.cancel()):
-            return NOT_IN_TIME
-        if future.cancelled():
-            return NOT_IN_TIME
-        return future.result()  # it came while we gave up
+            return None
+        return None if future.cancelled() else future.result()  # it came while we gave up
     except BaseException:
         future.cancel()
         raise

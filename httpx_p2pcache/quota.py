@@ -56,7 +56,10 @@ class QuotaBoard:
         self._lock = threading.Lock()
 
     def on_change(self, listener: Callable[[Quota], None]) -> None:
-        """Have ``listener`` called, in whichever thread it happens, with every quota that is learned from now on."""
+        """Have ``listener`` called, in whichever thread it happens, with every quota that is learned from now on.
+
+        The board's lock is held then: it must not ask the board.
+        """
         self._listeners.append(listener)
 
     def note(self, identity: str, url: str, status: int, headers: Headers, now: float) -> Quota | None:

@@ -17,7 +17,7 @@ from httpx_p2pcache.exchange import Exchange
 from httpx_p2pcache.files import local_secret
 from httpx_p2pcache.github import GitHub
 from httpx_p2pcache.ledger import Ledger
-from httpx_p2pcache.network import NoPeers, PeerNetwork
+from httpx_p2pcache.network import PeerNetwork, nobody
 from httpx_p2pcache.pump import wait_for
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import ADVICE, SECRETS, Settings, can_be_guessed, variable
@@ -31,7 +31,6 @@ CLOSE_SECONDS = 1.0  # what a revalidation in the background may hold up close()
 _lock = threading.Lock()
 _running: dict[Settings, tuple[Exchange, int]] = {}
 _finished = Stats()  # what closed runners of this process have counted
-_said: set[str] = set()
 
 
 class Usage:
@@ -105,20 +104,6 @@ def release(exchange: Exchange, *, again: bool = False) -> None:
     _finish(exchange)
 
 
-def say_once(message: str, *values: object) -> None:
-    """A warning that a process gives once, however many transports it has."""
-    said = message % values
-    if said not in _said:
-        _said.add(said)
-        logger.warning("%s", said)
-
-
-def nobody(why: str) -> NoPeers:
-    """The network of a runner that does not share, which is said once."""
-    say_once("sharing with other runners is off: %s", why)
-    return NoPeers(why)
-
-
 def get_stats() -> dict[str, object]:
     """What this process has counted, over all its transports: the counters of ``docs/statistics``, and the fleet.
 
@@ -174,7 +159,7 @@ def _network(settings: Settings, store: Store, keyring: Keyring, stats: Stats, q
             return nobody(f"{variable(name)} can be guessed. {ADVICE}")
     from httpx_p2pcache.node import start  # neither libp2p nor trio is imported by this
 
-    return start(settings, store, keyring, stats, quotas, say_once, nobody)
+    return start(settings, store, keyring, stats, quotas)
 
 
 def _finish(exchange: Exchange, *, at_exit: bool = False) -> None:

@@ -49,7 +49,7 @@ from httpx_p2pcache.files import private_directory, private_file
 from httpx_p2pcache.freshness import directives, initial_age, lifetime, storable_fields, vary_names
 from httpx_p2pcache.network import Asked, FleetClaim, Found, Question, Unclaimed, settle
 from httpx_p2pcache.node.checks import believed
-from httpx_p2pcache.pump import NOT_IN_TIME, async_wait_for, in_thread, wait_for
+from httpx_p2pcache.pump import async_wait_for, in_thread, wait_for
 from httpx_p2pcache.runner import Usage
 from httpx_p2pcache.settings import Settings
 
@@ -240,7 +240,7 @@ class _Sharing:
         """What a peer had under a key, if it is to be believed; may touch the disk."""
         if isinstance(answer, FleetClaim):  # a storage does not fetch
             self._exchange.network.release(_claim(key), cache_key(_carrier(key)), answer, Verdict.ABANDONED)
-        elif answer is None or answer is NOT_IN_TIME:
+        elif answer is None:
             self._exchange.stats.add("peer_timeouts")
             self._exchange.stats.add("peer_failures")
         if not isinstance(answer, Found):

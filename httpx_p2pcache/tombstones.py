@@ -36,7 +36,7 @@ class Tombstones:
         return any(self._since.get((key, who), -math.inf) > since for who in (EVERYBODY, identity))
 
     def learn(self, connection: sqlite3.Connection) -> bool:
-        """Whether all that any process of the runner has noted is known here now, or that is much.
+        """Read what processes have noted. True if that was all; if there is more, :func:`noted` has to be asked.
 
         Raises ``sqlite3.Error``.
         """

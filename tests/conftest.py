@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from secret import secret_of
 
-from httpx_p2pcache import Settings, runner
+from httpx_p2pcache import Settings, network
 from httpx_p2pcache.testing import Origin, made_up
 
 
@@ -70,7 +70,7 @@ def no_multicast(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _said_nothing_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is said once per process is said once per test here."""
-    monkeypatch.setattr(runner, "_said", set())
+    monkeypatch.setattr(network, "_said", set())
 
 
 @pytest.fixture(autouse=True)

@@ -151,7 +151,7 @@ def _demonstrated(plan: Plan, command: str) -> Outcome:
     if importlib.util.find_spec("libp2p") is None:
         fail(f"{command}: libp2p is not installed: pip install 'httpx-p2pcache[p2p]'", 2)
     try:
-        with _Bars(plan.runners, len(plan.targets)) as bars:
+        with _Bars(len(plan.targets)) as bars:
             return demonstrate(plan, bars.advance)
     except RuntimeError as exc:
         fail(f"{command}: {exc}", 2)
@@ -160,13 +160,13 @@ def _demonstrated(plan: Plan, command: str) -> Outcome:
 class _Bars:
     """Live progress on a terminal's standard error; nothing in a pipe."""
 
-    def __init__(self, runners: int, urls: int) -> None:
+    def __init__(self, urls: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self._progress: Any = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._runners, self._urls = runners, urls
+        self._urls = urls
         self._tasks: dict[tuple[str, int], int] = {}
 
     def __enter__(self) -> _Bars:

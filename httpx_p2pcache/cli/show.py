@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from typing import Annotated, NoReturn
 
 import msgspec
@@ -93,7 +93,3 @@ def amount(count: float) -> str:
 
 def ago(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-def clock(at: float) -> str:
-    return datetime.fromtimestamp(at, timezone.utc).strftime("%H:%M")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable
 
 from httpx_p2pcache.entries import Keyring
 from httpx_p2pcache.exceptions import Rejected
-from httpx_p2pcache.network import NoPeers, PeerNetwork
+from httpx_p2pcache.network import NoPeers, PeerNetwork, nobody, say_once
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
@@ -23,27 +22,23 @@ def start(
     keyring: Keyring,
     stats: Stats,
     quotas: QuotaBoard,
-    say_once: Callable[..., None],
-    nobody: Callable[[str], NoPeers],
 ) -> PeerNetwork:
     """The runner's daemon if it is there, else a node that begins to join the fleet in the background.
 
-    Without libp2p ``nobody``, which says why.
+    Without libp2p there are no peers, which is said once.
     """
     if settings.node in ("auto", "daemon"):
-        network = _daemon(settings, keyring, quotas, say_once)
+        network = _daemon(settings, keyring, quotas)
         if network is not None:
             return network
     if importlib.util.find_spec("libp2p") is None:
         return nobody("libp2p is not installed; pip install 'httpx-p2pcache[p2p]'")
     from httpx_p2pcache.node.embedded import EmbeddedNode
 
-    return EmbeddedNode(settings, store, keyring, stats, quotas, nobody)
+    return EmbeddedNode(settings, store, keyring, stats, quotas)
 
 
-def _daemon(
-    settings: Settings, keyring: Keyring, quotas: QuotaBoard, say_once: Callable[..., None]
-) -> PeerNetwork | None:
+def _daemon(settings: Settings, keyring: Keyring, quotas: QuotaBoard) -> PeerNetwork | None:
     """A connection to the runner's daemon; None if there is none and another node may take its place."""
     from httpx_p2pcache.node.daemon.client import DaemonNode, WrongFleet
     from httpx_p2pcache.sockets import node_socket

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Entry, Keyring
 from httpx_p2pcache.imports import import_trio
-from httpx_p2pcache.network import Asked, FleetClaim, NoPeers, PeerNetwork, Question, Unclaimed, done, settle
+from httpx_p2pcache.network import Asked, FleetClaim, NoPeers, PeerNetwork, Question, Unclaimed, done, nobody, settle
 from httpx_p2pcache.quota import Quota, QuotaBoard
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
@@ -45,14 +45,12 @@ class EmbeddedNode:
         keyring: Keyring,
         stats: Stats,
         quotas: QuotaBoard,
-        nobody: Callable[[str], NoPeers],
     ) -> None:
         self._settings = settings
         self._store = store
         self._keyring = keyring
         self._stats = stats
         self._quotas = quotas
-        self._nobody = nobody
         self._failed: NoPeers | None = None
         self._fleet: Fleet | None = None
         self._token: trio.lowlevel.TrioToken | None = None
@@ -210,7 +208,7 @@ class EmbeddedNode:
             self._give_up()
 
     def _fail(self, why: str) -> None:
-        self._failed = self._nobody(why)
+        self._failed = nobody(why)
 
     async def _main(self, fleet_type: type[Fleet]) -> None:
         import trio

@@ -341,7 +341,7 @@ class Fleet:
                 await self._somebody_ready.wait()
 
     def is_settled(self) -> bool:
-        """Whether that is so."""
+        """Whether :meth:`settled` would return at once."""
         return self.joined.is_set() and not any(
             trio.current_time() - member.met < NEWCOMER_SECONDS and self.reach.matters(member.peer_id)
             for member in self.members.values()

@@ -320,7 +320,7 @@ class Home:
         return {asker.peer_id for asker in self._claims.parties()}
 
     def owing(self) -> set[ID]:
-        """Members who have fetched for us for a second."""
+        """Members whose claim here is more than a second old."""
         soon = trio.current_time() + self._life - 1.0
         return {asker.peer_id for asker in self._claims.holders(soon)}
 

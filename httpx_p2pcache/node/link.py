@@ -131,7 +131,7 @@ class Link:
         return number
 
     def forget(self, number: int) -> None:
-        """Whatever comes of that call."""
+        """Drop the call: answers to it are ignored."""
         self._parties.pop(number, None)
 
     async def call(self, build: Callable[[int], Any], timeout: float) -> Answering:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Generator
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from httpx_p2pcache.answers import driven
-from httpx_p2pcache.entries import Entry, Keyring
+from httpx_p2pcache.entries import Entry, Keyring, body_digest
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.network import Question
 from httpx_p2pcache.node.checks import MAX_RESIDENT, believed
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("httpx_p2pcache")
 
 SAME_AGE = 0.5  # seconds by which the age of one entry may differ between two members
+_NOTHING = body_digest(b"")
 LARGE = 64 * 1024  # bytes of a body that is unpacked in the worker, and of one that is sent by a task of its own
 MAX_KEPT_SEALED = 64 * 1024  # bytes of a sealed entry that is kept beside it, for the next who asks
 
@@ -112,7 +112,7 @@ class Shelf:
         fleet = self._fleet
         try:
             entry = keyring.open_entry(sealed, key)
-            if not entry.body and entry.digest != EMPTY:
+            if not entry.body and entry.digest != _NOTHING:
                 held = self.at_hand(key)
                 if held is None:
                     held = yield partial(fleet.store.load, key)
@@ -175,9 +175,6 @@ def chosen(held: list[Stored], question: Question) -> Stored | None:
     return max(
         fit, key=lambda s: (s.fresh(now), s.entry.identity == question.identity, -s.entry.age(now)), default=None
     )
-
-
-EMPTY = hashlib.sha256(b"").digest()[:16]
 
 
 def helps(stored: Stored | None, question: Question) -> bool:
