@@ -37,6 +37,7 @@ def peers_of(transport: P2PCacheTransport) -> set[str]:
 
 
 def name_of(transport: P2PCacheTransport) -> str:
+    assert eventually(lambda: transport.stats()["peer_id"] is not None, 30)  # its thread imports libp2p first
     return str(transport.stats()["peer_id"])
 
 
