@@ -282,21 +282,25 @@ def _kept_streams(library: Any) -> tuple[type[Any], type[Any]]:
     return sync, type("AsyncKeptStream", (_AsyncKeptStream, library.AsyncByteStream), {})
 
 
-class _KeptStream:
+class _Kept:
     """The origin's body, saved as it is read."""
 
     def __init__(self, stream: Any, keep: Keep) -> None:
         self._stream = stream
         self._keep = keep
 
+    def __del__(self) -> None:
+        self._keep.forget()
+
+
+class _KeptStream(_Kept):
+    """For a sync client."""
+
     def __iter__(self) -> Iterator[bytes]:
-        try:
+        with self._keep.reading():
             for chunk in self._stream:
                 self._keep.feed(chunk)
                 yield chunk
-        except Exception:
-            self._keep.abandon()
-            raise
         if not self._keep.put_off():
             self._keep.finish()
 
@@ -305,25 +309,15 @@ class _KeptStream:
         if hasattr(self._stream, "close"):
             self._stream.close()
 
-    def __del__(self) -> None:
-        self._keep.forget()
 
-
-class _AsyncKeptStream:
-    """The same for an async client; what touches the disk runs in a worker thread."""
-
-    def __init__(self, stream: Any, keep: Keep) -> None:
-        self._stream = stream
-        self._keep = keep
+class _AsyncKeptStream(_Kept):
+    """For an async client: what touches the disk runs in a worker thread."""
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        try:
+        with self._keep.reading():
             async for chunk in self._stream:
                 self._keep.feed(chunk)
                 yield chunk
-        except Exception:
-            self._keep.abandon()
-            raise
         if not self._keep.put_off():
             await in_thread(self._keep.finish)
 
@@ -331,6 +325,3 @@ class _AsyncKeptStream:
         self._keep.abandon()
         if hasattr(self._stream, "aclose"):
             await self._stream.aclose()
-
-    def __del__(self) -> None:
-        self._keep.forget()

@@ -250,15 +250,16 @@ class Keyring:
 
     def asker(self, request: Request) -> Asker:
         """Who a request is made as; the identity has 32 hex digits, or none for a request without credentials."""
-        if self._one_user:
-            return Asker(EVERYONE, b"")
-        held = [(name, request.headers[name]) for name in request.headers if is_credential(name)]
-        return self._asker(*sorted(held)) if held else Asker(ANONYMOUS, b"")
+        return Asker(EVERYONE, b"") if self._one_user else self._bearer(request)
 
     def payer(self, request: Request) -> str:
         """The identity whose limits a request counts against: of its own credentials, also where all count as one."""
+        return self._bearer(request).identity
+
+    def _bearer(self, request: Request) -> Asker:
+        """Who has the credentials of a request."""
         held = [(name, request.headers[name]) for name in request.headers if is_credential(name)]
-        return self._asker(*sorted(held)).identity if held else ANONYMOUS
+        return self._asker(*sorted(held)) if held else Asker(ANONYMOUS, b"")
 
     def _asker_of(self, *held: tuple[str, str]) -> Asker:
         digest = hmac.digest(self._identity, repr([*held]).encode(), "sha256")

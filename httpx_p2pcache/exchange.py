@@ -236,8 +236,7 @@ class Exchange:
 
     def is_limit(self, request: hishel.Request, reply: Reply) -> bool:
         """Whether a rate limit is why the origin refuses, as far as the head of its answer tells."""
-        asks_github = self.github.follows(request.url)
-        return reply.status == 429 or (reply.status == 403 and asks_github and refuses(403, reply.headers))
+        return refuses(reply.status, reply.headers) and (reply.status == 429 or self.github.follows(request.url))
 
     def send(self, request: hishel.Request, added: dict[str, str]) -> Generator[Effect, Any, Reply]:
         """The origin's reply to the request with these fields added; counted, and its limits noted."""
@@ -290,7 +289,7 @@ class Exchange:
         if "set-cookie" in stored.entry.headers:
             return False
         made = stored.entry.received - stored.entry.initial_age
-        if self.store.refused(cache_key(stored.entry.url), asker.identity, made):
+        if self.store.refused(stored.key, asker.identity, made):
             return False
         return asker.identity == ANONYMOUS or not self.github.follows(stored.entry.url)
 

@@ -158,15 +158,14 @@ class Fetch:
         """A 403 whose head is that of a rate limit: whether it is one, or a refusal to this identity, its body says."""
         exchange = self._exchange
         entry = self._lookup.entry(reply, (yield Read()), sent)
+        yield Discard()
         if self._request.method == "GET" and speaks_of_limits(decoded(entry) or b""):
             stale = self._stale("403")
             if stale is not None:
-                yield Discard()
                 return stale
         else:
             identity = self._lookup.asker.identity
             yield Run(partial(exchange.store.refuse, self._lookup.key, identity, since=sent))
-        yield Discard()
         self._lease.settle(Verdict.UNSTORABLE)
         return Answer(exchange.store.passing(entry), None, f"fwd={self._why}", caching("origin"))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from httpx_p2pcache import parts
@@ -37,6 +39,15 @@ class Keep:
         else:
             self._chunks = []
             self._lease.settle(Verdict.UNSTORABLE)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While the body is read: an error gives back at once what is owed to others."""
+        try:
+            yield
+        except Exception:
+            self.abandon()
+            raise
 
     def put_off(self) -> bool:
         """The body has been read to its end; whether :meth:`finish` will be called in a moment, by another thread.

@@ -347,7 +347,7 @@ class Store:
     def _insert(
         self, stored: Stored, replaced: list[Stored], since: float, version: int, storage: SqliteStorage
     ) -> None:
-        key, identity = cache_key(stored.entry.url), stored.entry.identity
+        key, identity = stored.key, stored.entry.identity
         if self._others_have_written(version) and self._is_outdone(storage, key, stored, replaced):
             for old in replaced:
                 self._delete(storage, old)

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from functools import lru_cache
 
-from httpx_p2pcache.entries import Asker, Entry, is_credential
+from httpx_p2pcache.entries import Asker, Entry, cache_key, is_credential
 from httpx_p2pcache.freshness import directives, http_date, lifetime, vary_names
 
 VERSION, VERSION_SELECTED = "x-github-api-version", "x-github-api-version-selected"
@@ -22,6 +22,7 @@ class Stored:
         "entry",
         "fresh_for",
         "id",
+        "key",
         "made",
         "memo",
         "raw_headers",
@@ -37,6 +38,7 @@ class Stored:
         self.id = id_
         self.row = row  # in the file; None until it is written
         self.entry = entry
+        self.key = cache_key(entry.url)
         self.memo: dict[object, object] = {}  # what was computed of it once and is needed again
         self.control = directives(entry.headers)
         # When the origin made it (RFC 9111 §4: the most recent one counts), then when it came.

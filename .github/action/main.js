@@ -6,9 +6,10 @@ const path = require('node:path')
 const fs = require('node:fs')
 const os = require('node:os')
 const { randomUUID } = require('node:crypto')
-const { addPath, exportVariable, input, jobs, mask, run, saveState, say, setOutput, warn } = require('./runner.js')
+const { addPath, exportVariable, input, jobs, mask, p2pcache, run, saveState, say, setOutput, warn } = require('./runner.js')
 
 const IDLE_SECONDS = 21600 // a job may build for long before it asks again; the daemon ends with the job
+const TEMPORARY = process.env.RUNNER_TEMP || os.tmpdir()
 const NODE_SECONDS = 30 // for a node to know who it is: it imports libp2p first
 
 const VARIABLES = {
@@ -32,7 +33,7 @@ function installed (python) {
   const pip = ['-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', wanted || `${here}[p2p,cli]`]
   let done = run(python, pip)
   if (done.status !== 0 && done.stderr.includes('externally-managed-environment')) { // as Debian's own Python is
-    const apart = path.join(process.env.RUNNER_TEMP || os.tmpdir(), 'p2pcache-python')
+    const apart = path.join(TEMPORARY, 'p2pcache-python')
     done = run(python, ['-m', 'venv', apart])
     python = path.join(apart, 'bin', 'python')
     if (done.status === 0) done = run(python, pip)
@@ -44,15 +45,15 @@ function installed (python) {
 
 // Has a daemon running, in place of one that is for another fleet unless other jobs of this machine use that.
 function init (python, wait, env, given) {
-  const order = ['-m', 'httpx_p2pcache.cli', 'init', '--json', '--idle', String(IDLE_SECONDS), '--wait', wait]
-  const done = run(python, order, { env })
+  const order = ['init', '--json', '--idle', String(IDLE_SECONDS), '--wait', wait]
+  const done = p2pcache(python, order, { env })
   if (done.status === 0 || !done.stderr.includes('another secret or fleet')) return done
-  const at = run(python, ['-m', 'httpx_p2pcache.cli', 'status', '--json'], { env })
+  const at = p2pcache(python, ['status', '--json'], { env })
   if (at.status === 0 && jobs(JSON.parse(at.stdout).cache_dir).length > 0) {
-    env.CACHE_DIR = given.CACHE_DIR = path.join(process.env.RUNNER_TEMP || os.tmpdir(), 'p2pcache')
-    return run(python, order, { env })
+    env.CACHE_DIR = given.CACHE_DIR = path.join(TEMPORARY, 'p2pcache')
+    return p2pcache(python, order, { env })
   }
-  return run(python, [...order, '--replace'], { env })
+  return p2pcache(python, [...order, '--replace'], { env })
 }
 
 function pause () {
@@ -86,7 +87,7 @@ function main () {
   let status = JSON.parse(done.stdout)
   const started = status.started
   for (const until = Date.now() + NODE_SECONDS * 1000; status.p2p_enabled && !status.peer_id && Date.now() < until; pause()) {
-    const now = run(python, ['-m', 'httpx_p2pcache.cli', 'status', '--json'], { env })
+    const now = p2pcache(python, ['status', '--json'], { env })
     if (now.status === 0) status = { ...status, ...JSON.parse(now.stdout) }
   }
   // Not before: a value that cannot be used would fail the steps to come.
@@ -104,7 +105,7 @@ function main () {
   setOutput('peer_multiaddr', status.addresses.length ? `${status.addresses[0]}/p2p/${status.peer_id}` : '')
   setOutput('door', status.door)
   // An artifact must hold something; what it says is in its name.
-  const note = path.join(process.env.RUNNER_TEMP || os.tmpdir(), 'p2pcache-peer.txt')
+  const note = path.join(TEMPORARY, 'p2pcache-peer.txt')
   fs.writeFileSync(note, 'The name of this artifact leads the other runners of the fleet to this one.\n')
   setOutput('artifact', status.artifact || '')
   setOutput('artifact_path', note)

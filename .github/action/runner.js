@@ -22,8 +22,17 @@ const escaped = (text) => String(text).replace(/%/g, '%25').replace(/\r/g, '%0D'
 
 const JOB_SECONDS = 86400 // for which a job is believed to go on, if it never says that it has ended
 
+// Never throws: { status, stdout, stderr }
+function run (command, args, options = {}) {
+  const done = spawnSync(command, args, { encoding: 'utf8', timeout: 600000, ...options })
+  return { status: done.error ? 127 : done.status, stdout: done.stdout || '', stderr: done.error ? String(done.error) : done.stderr || '' }
+}
+
 module.exports = {
   input,
+  run,
+  // The command, as the same.
+  p2pcache: (python, args, options) => run(python, ['-m', 'httpx_p2pcache.cli', ...args], options),
   addPath: (directory) => { if (process.env.GITHUB_PATH) fs.appendFileSync(process.env.GITHUB_PATH, `${directory}\n`) },
   // The jobs of this machine that use the daemon of a CACHE_DIR: a file each.
   jobs (directory) {
@@ -40,10 +49,5 @@ module.exports = {
   state: (name) => process.env[`STATE_${name}`] || '',
   mask: (value) => { if (value) process.stdout.write(`::add-mask::${escaped(value)}\n`) },
   warn: (text) => process.stdout.write(`::warning title=httpx-p2pcache::${escaped(text)}\n`),
-  say: (text) => process.stdout.write(`${text}\n`),
-  // Never throws: { status, stdout, stderr }
-  run (command, args, options = {}) {
-    const done = spawnSync(command, args, { encoding: 'utf8', timeout: 600000, ...options })
-    return { status: done.error ? 127 : done.status, stdout: done.stdout || '', stderr: done.error ? String(done.error) : done.stderr || '' }
-  }
+  say: (text) => process.stdout.write(`${text}\n`)
 }

@@ -157,7 +157,7 @@ class Home:
         elif isinstance(message, Publish):
             await self._published(link, message)
         elif isinstance(message, Push):
-            stored = await self._shelf.received(message.key, message.sealed, message.resident, link)
+            stored = await self._shelf.received(message.key, message.sealed, message.resident, link.keyring)
             if stored is not None:
                 self.ended(message.claim, None, Verdict.PUBLISHED)
         elif isinstance(message, Release):
@@ -258,7 +258,7 @@ class Home:
         try:
             sealed, held_for = message.sealed, message.resident
             before = await self._shelf.load(message.key)
-            stored = await self._shelf.received(message.key, sealed, held_for, link, missing_ok=False)
+            stored = await self._shelf.received(message.key, sealed, held_for, link.keyring, missing_ok=False)
         except BodyMissing:
             await link.send(Published(message.call, [], False))
             return
@@ -290,7 +290,7 @@ class Home:
         except OSError:
             return stored
         if isinstance(answer, Found):
-            await self._shelf.received(question.key, answer.sealed, answer.resident, link)
+            await self._shelf.received(question.key, answer.sealed, answer.resident, link.keyring)
         return await self._shelf.select(question)
 
     # Claims

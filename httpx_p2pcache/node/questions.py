@@ -166,10 +166,10 @@ class Questions:
         """What a member says to a question. Raises :class:`Rejected` for what is no answer to it."""
         link, asked = question.link, question.asked
         assert link is not None
+        member = self._fleet.members.get(link.peer_id)
         if isinstance(answer, Wait):
             if question.awaited or question.forwarded:
                 raise Rejected("more answers than a call can have")
-            member = self._fleet.members.get(link.peer_id)
             if member is not None and member.vain_until > trio.current_time():
                 self._drop(question)
                 self._resolve(question, Unclaimed())
@@ -178,7 +178,7 @@ class Questions:
             return
         self._drop(question)
         stored = None
-        if question.awaited and (member := self._fleet.members.get(link.peer_id)) is not None:
+        if question.awaited and member is not None:
             member.vain = 0
         if isinstance(answer, Found):
             self._fleet.demanded()
@@ -255,11 +255,11 @@ class Questions:
 
     def _overdue(self, question: _Question) -> None:
         link, fleet = question.link, self._fleet
+        member = None if link is None else fleet.members.get(link.peer_id)
         if link is None:  # here, where claims have an end of their own
             self._drop(question)
             self._resolve(question, Unclaimed())
         elif question.forwarded or question.awaited:
-            member = fleet.members.get(link.peer_id)
             if question.awaited and member is not None:
                 # Claims end before those who wait give up: a home that keeps its word is heard of by then.
                 member.vain += 1
@@ -269,7 +269,6 @@ class Questions:
         else:
             self._drop(question)
             # A busy home is heard of, though late; one that says nothing at all is not asked for the time being.
-            member = fleet.members.get(link.peer_id)
             if member is not None and member.heard() < question.put:
                 fleet.presence.suspect(link.peer_id)
             fleet.stats.add("peer_failures")

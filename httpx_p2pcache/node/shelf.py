@@ -15,7 +15,6 @@ from httpx_p2pcache.entries import Entry, Keyring, body_digest
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.network import Question
 from httpx_p2pcache.node.checks import MAX_RESIDENT, believed
-from httpx_p2pcache.node.link import Link
 from httpx_p2pcache.stored import Stored
 
 if TYPE_CHECKING:
@@ -77,13 +76,13 @@ class Shelf:
         return sealed
 
     async def received(
-        self, key: bytes, sealed: bytes, resident: float, link: Link, *, missing_ok: bool = True
+        self, key: bytes, sealed: bytes, resident: float, keyring: Keyring, *, missing_ok: bool = True
     ) -> Stored | None:
         """An entry from a peer, checked and stored; None if it is not believed, not whole, or no longer valid.
 
         Raises :class:`BodyMissing` for one that is not whole unless ``missing_ok``.
         """
-        steps = self._receiving(key, sealed, resident, 0.0, link.keyring, missing_ok)
+        steps = self._receiving(key, sealed, resident, 0.0, keyring, missing_ok)
         return await driven(steps, self._fleet.in_worker)
 
     async def finish(self, begun: MustWait) -> Stored | None:
