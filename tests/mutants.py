@@ -31,6 +31,24 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "node/questions.py",
+        "        return in_time and ",
+        "        return ",
+        "integration/test_fleet.py::test_who_asks_after_a_while_has_an_answer_also_if_the_home_says_nothing",
+    ),
+    Mutant(
+        "node/turn.py",
+        "yield held[0] and not self._lost",
+        "yield held[0]",
+        "unit/test_turn.py::test_a_loop_goes_on_without_the_turn_that_is_not_given_back_and_lends_it_no_more",
+    ),
+    Mutant(
+        "node/turn.py",
+        "            self._lost = not self._lock.acquire(timeout=LOST_SECONDS)\n",
+        "            pass\n",
+        "unit/test_turn.py::test_a_loop_and_other_threads_are_never_inside_at_the_same_time",
+    ),
+    Mutant(
         "runner.py",
         "    exchange.store.catch_up()\n",
         "",

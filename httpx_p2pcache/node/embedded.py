@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import trio
 
     from httpx_p2pcache.node.fleet import Fleet
+    from httpx_p2pcache.node.turn import Turn
 
 logger = logging.getLogger("httpx_p2pcache")
 
@@ -54,6 +55,7 @@ class EmbeddedNode:
         self._failed: NoPeers | None = None
         self._fleet: Fleet | None = None
         self._token: trio.lowlevel.TrioToken | None = None
+        self._turn: Turn | None = None
         self._closing = False
         self._lock = threading.Lock()
         self._open: set[Future[Any]] = set()
@@ -89,9 +91,17 @@ class EmbeddedNode:
         def begin(fleet: Fleet) -> None:
             fleet.questions.ask(question, asked)
 
-        if not self._soon(begin):
+        if not self._asked_here(question, asked) and not self._soon(begin):
             settle(asked, Unclaimed())
         return asked
+
+    def _asked_here(self, question: Question, asked: Asked) -> bool:
+        """Whether it could be asked in this thread, which the node's loop, asleep, is not woken for."""
+        fleet, turn = self._fleet, self._turn
+        if fleet is None or turn is None or self._closing:
+            return False
+        with turn.taken() as ours:
+            return ours and fleet.questions.asked_in_turn(question, asked)
 
     def publish(self, entry: Entry, claim: bytes, *, widely: bool, refreshed: bool = False) -> None:
         async def publish(fleet: Fleet) -> None:
@@ -145,7 +155,7 @@ class EmbeddedNode:
 
     def after_fork(self) -> PeerNetwork:
         # The thread did not come along, but its sockets did: a port that the child holds would stay taken.
-        self._token, self._closing = None, True
+        self._token, self._turn, self._closing = None, None, True
         fleet, self._fleet = self._fleet, None
         if fleet is not None:
             for descriptor in fleet.host.sockets():
@@ -189,9 +199,11 @@ class EmbeddedNode:
             import trio
 
             from httpx_p2pcache.node.fleet import Fleet
+            from httpx_p2pcache.node.turn import Turn
 
+            self._turn = Turn()
             if not self._closing:
-                trio.run(self._main, Fleet)
+                trio.run(self._main, Fleet, instruments=[self._turn])
         except BaseException as exc:
             logger.debug("the node has failed", exc_info=True)
             refused = _os_error(exc) if self._fleet is None else None  # it never came to listen

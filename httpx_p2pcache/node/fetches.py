@@ -45,7 +45,7 @@ class Fetches:
     def granted(self, question: Question, id_: int, granter: ID) -> None:
         """The claim of a question is ours."""
         self._fetching[question.claim] = _Fetch(
-            question.key, id_, trio.current_time() + self._life, granter, question.local
+            question.key, id_, self._fleet.now() + self._life, granter, question.local
         )
 
     async def release(self, claim: bytes, key: bytes, id_: int, verdict: Verdict) -> None:

@@ -92,6 +92,7 @@ class Fleet:
 
     def __post_init__(self) -> None:
         self.host: Any = self._make_host()
+        self.now = trio.lowlevel.current_clock().current_time  # the loop's time, in any thread
         self.shelf = Shelf(self)
         self.home = Home(self)
         self.homes = Homes(self)
@@ -343,7 +344,7 @@ class Fleet:
     def is_settled(self) -> bool:
         """Whether :meth:`settled` would return at once."""
         return self.joined.is_set() and not any(
-            trio.current_time() - member.met < NEWCOMER_SECONDS and self.reach.matters(member.peer_id)
+            self.now() - member.met < NEWCOMER_SECONDS and self.reach.matters(member.peer_id)
             for member in self.members.values()
             if not member.ready
         )

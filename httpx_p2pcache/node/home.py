@@ -297,7 +297,7 @@ class Home:
 
     def claim_here(self, claim: bytes, number: int, tell: Callable[[Tidings], None]) -> ClaimGranted | Pending | Go:
         """This node's own request for a claim; ``tell`` is called once with what a :class:`Pending` comes to."""
-        return self._claims.ask(claim, Asker(self._fleet.host.id, number, tell), trio.current_time())
+        return self._claims.ask(claim, Asker(self._fleet.host.id, number, tell), self._fleet.now())
 
     def ended(self, claim: bytes, id_: int | None, verdict: Verdict) -> None:
         """A claim was released, or what it was for was published: then whichever there is."""

@@ -67,37 +67,48 @@ class Questions:
         self._open: set[_Question] = set()  # those that have been put somewhere, and have a deadline
         self._alarm = trio.CancelScope()  # goes off at the first deadline, or before it
         self._over = False
+        self._lately = False  # something has been put since the loop looked last
+        self._look_every = fleet.settings.lookup_timeout / 2  # while something is, in seconds: the shortest wait
         self._own_calls = 0
 
     def ask(self, asked: network.Question, future: Asked) -> None:
         """Answer ``future`` as :class:`network.PeerNetwork` promises."""
         question = _Question(self, asked, future)
-        try:
-            put = self._fleet.is_settled() and self._put_at_once(question)
-        except Exception:  # the task meets the same, and says so
-            self._drop(question)
-            put = False
-        if not put:
+        if not self._put_at_once(question):
             self._spawn(self._put, question)
+
+    def asked_in_turn(self, asked: network.Question, future: Asked) -> bool:
+        """Whether :meth:`ask` could be done by a thread that has the loop's :class:`~.turn.Turn`.
+
+        It wakes nobody: that is so while the loop will look by itself before time is up.
+        """
+        in_time = self._alarm.deadline <= self._fleet.now() + self._look_every
+        return in_time and self._put_at_once(_Question(self, asked, future))
 
     # A question is put
 
     def _put_at_once(self, question: _Question) -> bool:
         """Whether a question could be put where it belongs, or answered, without waiting for anybody."""
         fleet, asked = self._fleet, question.asked
-        home = fleet.homes.now(asked.key, local=asked.local)
-        if home != fleet.host.id:
-            member = fleet.members.get(home)
-            return member is not None and member.usable() and self._sent_at_once(question, member)
-        held = fleet.shelf.at_hand(asked.key)
-        if held is None:
-            return False
-        stored = chosen(held, asked)
-        holder = None if helps(stored, asked) else fleet.home.holder_of(asked.key)
-        if holder is None:
+        try:
+            if not fleet.is_settled():
+                return False
+            home = fleet.homes.now(asked.key, local=asked.local)
+            if home != fleet.host.id:
+                member = fleet.members.get(home)
+                return member is not None and member.usable() and self._sent_at_once(question, member)
+            held = fleet.shelf.at_hand(asked.key)
+            if held is None:
+                return False
+            stored = chosen(held, asked)
+            holder = None if helps(stored, asked) else fleet.home.holder_of(asked.key)
+            if holder is not None:
+                return self._sent_at_once(question, holder, forwarded=True)
             self._ask_here(question, stored, brought=False)
-            return True
-        return self._sent_at_once(question, holder, forwarded=True)
+        except Exception:  # the task meets the same, and says so
+            self._drop(question)
+            return False
+        return True
 
     def _sent_at_once(self, question: _Question, member: Member, *, forwarded: bool = False) -> bool:
         link = self._expect(question, member, forwarded=forwarded)
@@ -147,11 +158,13 @@ class Questions:
         if self._over:
             self._resolve(question, Unclaimed())
             return
-        question.put = trio.current_time()
+        question.put = self._fleet.now()
         question.deadline = question.put + seconds
         self._open.add(question)
-        if question.deadline < self._alarm.deadline:
-            self._alarm.deadline = question.deadline
+        self._lately = True
+        due = question.put + min(seconds, self._look_every)
+        if due < self._alarm.deadline:
+            self._alarm.deadline = due
 
     def _drop(self, question: _Question) -> None:
         """It is nowhere any more."""
@@ -170,7 +183,7 @@ class Questions:
         if isinstance(answer, Wait):
             if question.awaited or question.forwarded:
                 raise Rejected("more answers than a call can have")
-            if member is not None and member.vain_until > trio.current_time():
+            if member is not None and member.vain_until > self._fleet.now():
                 self._drop(question)
                 self._resolve(question, Unclaimed())
             else:
@@ -184,7 +197,7 @@ class Questions:
             self._fleet.demanded()
         if isinstance(answer, Found) or (isinstance(answer, Granted) and answer.sealed):
             try:
-                shelf, travelled = self._fleet.shelf, trio.current_time() - question.put
+                shelf, travelled = self._fleet.shelf, self._fleet.now() - question.put
                 if question.awaited:  # most of that time it was not there yet
                     travelled = min(travelled, self._fleet.rtt(link))
                 stored = shelf.received_at_once(asked.key, answer.sealed, answer.resident, travelled, link.keyring)
@@ -242,9 +255,12 @@ class Questions:
         try:
             while True:
                 first = min((question.deadline for question in self._open), default=math.inf)
+                if self._lately:
+                    first = min(first, self._fleet.now() + self._look_every)
+                    self._lately = False
                 with trio.CancelScope(deadline=first) as self._alarm:
                     await trio.sleep_forever()
-                now = trio.current_time()
+                now = self._fleet.now()
                 for question in [question for question in self._open if question.deadline <= now]:
                     self._overdue(question)
         finally:
@@ -264,7 +280,7 @@ class Questions:
                 # Claims end before those who wait give up: a home that keeps its word is heard of by then.
                 member.vain += 1
                 if member.vain >= VAIN_WAITS:
-                    member.vain_until = trio.current_time() + VAIN_SECONDS
+                    member.vain_until = self._fleet.now() + VAIN_SECONDS
             self.lost(question)
         else:
             self._drop(question)

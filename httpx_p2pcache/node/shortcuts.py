@@ -80,6 +80,7 @@ class Direct:
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
+        self._token = trio.lowlevel.current_trio_token()
         self._ahead = memoryview(b"")
         self._writing = Lock()
 
@@ -89,10 +90,22 @@ class Direct:
             if n is None or n >= CHUNK:
                 whole: bytes = await self._inner.read(n)
                 return whole
-            self._ahead = memoryview(await self._inner.read(CHUNK))
+            self._ahead = memoryview(await self._chunk())
         taken = bytes(self._ahead[:n])
         self._ahead = self._ahead[len(taken) :]
         return taken
+
+    async def _chunk(self) -> bytes:
+        try:
+            while (descriptor := self._descriptor()) >= 0:
+                # trio looks first whether there is anything: seldom, as all that there was has just been read.
+                await trio.lowlevel.wait_readable(descriptor)
+                with contextlib.suppress(BlockingIOError):
+                    return os.read(descriptor, CHUNK)
+        except (OSError, trio.ClosedResourceError):  # it has broken, or is closed
+            pass
+        chunk: bytes = await self._inner.read(CHUNK)
+        return chunk
 
     async def message(self) -> bytes:
         """The next message that has its length, of 16 bits, in front of it; none where the stream ends or breaks."""
@@ -125,7 +138,7 @@ class Direct:
         self._writing.acquire_at_once()
         sent = self._taken(data)
         if sent < len(data):
-            trio.lowlevel.spawn_system_task(self._write_on, data[sent:])
+            self._token.run_sync_soon(trio.lowlevel.spawn_system_task, self._write_on, data[sent:])
         else:
             self._writing.release()
 
@@ -139,11 +152,14 @@ class Direct:
 
     def _taken(self, data: bytes) -> int:
         """How many bytes of ``data`` the kernel has taken."""
-        descriptor = self._inner.stream.socket.fileno()
-        if descriptor >= 0 and os.name == "posix":  # else it is closed; elsewhere a socket is no file
+        if (descriptor := self._descriptor()) >= 0:
             with contextlib.suppress(OSError):  # it is full, or broken
                 return os.write(descriptor, data)
         return 0
+
+    def _descriptor(self) -> int:
+        """-1 where it is closed, or is no file."""
+        return int(self._inner.stream.socket.fileno()) if os.name == "posix" else -1
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)

@@ -378,6 +378,9 @@ class _Network(EmbeddedNode):
     def active(self) -> bool:
         return self._node.alive and self._node.fleet.joined.is_set()
 
+    def _asked_here(self, *_: object) -> bool:
+        return False  # who asks is in the loop
+
     def _soon(self, func: Callable[[Fleet], None]) -> bool:
         if self._node.alive:
             func(self._node.fleet)

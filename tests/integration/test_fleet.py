@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import random
 import socket
@@ -35,7 +36,9 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.peer.id import ID
 
 from httpx_p2pcache.entries import Entry, Keyring, body_digest, cache_key
+from httpx_p2pcache.network import Question, Unclaimed
 from httpx_p2pcache.node.discovery.registry import Record
+from httpx_p2pcache.node.embedded import EmbeddedNode
 from httpx_p2pcache.node.host import Host
 from httpx_p2pcache.node.protocol import (
     Ask,
@@ -56,6 +59,7 @@ from httpx_p2pcache.node.protocol import (
     read_frame,
     unpack,
 )
+from httpx_p2pcache.node.questions import Questions
 
 pytestmark = pytest.mark.p2p
 
@@ -302,6 +306,48 @@ def test_a_late_joiner_pulls_what_the_others_hold(start: Start, origin: Origin) 
     assert [origin.resources[target].body for target in TARGETS] == [answer.content for answer in answers]
     assert {"peer"} == {source(answer) for answer in answers}
     assert len(TARGETS) == len(origin.calls)
+
+
+def test_a_node_is_not_woken_to_ask_for_those_who_ask_one_thing_after_another(
+    start: Start, origin: Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    askers: list[str] = []
+    put = Questions._put_at_once
+
+    def noted(self: Questions, question: Any) -> bool:
+        done = put(self, question)
+        if done:
+            askers.append(threading.current_thread().name)
+        return done
+
+    monkeypatch.setattr(Questions, "_put_at_once", noted)
+    first = start("first")
+    for target in TARGETS:
+        first.get(target)
+    late = start("late")
+    met(first, late)
+    askers.clear()
+    assert [source(late.get(target)) for target in TARGETS] == ["peer"] * len(TARGETS)
+    assert threading.current_thread().name in askers  # the first has the node's thread, which sets its alarm
+    assert len(origin.calls) == len(TARGETS)
+
+
+def test_who_asks_after_a_while_has_an_answer_also_if_the_home_says_nothing(
+    fleet: Callable[..., list[Runner]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asker, silent = fleet(2, lookup_timeout=0.25)
+    network, deaf = asker.transport._exchange.network, silent.transport._exchange.network
+    assert isinstance(network, EmbeddedNode)
+    assert isinstance(deaf, EmbeddedNode)
+    assert network._fleet is not None
+    assert deaf._fleet is not None
+    questions, homes = network._fleet.questions, network._fleet.homes
+    for link in network._fleet.members[deaf._fleet.host.id].links:
+        monkeypatch.setattr(link, "_write_at_once", lambda _: True)  # as if it had been written
+    theirs = (bytes([n]) * 32 for n in range(256) if homes.now(bytes([n]) * 32) == deaf._fleet.host.id)
+    assert eventually(lambda: questions._alarm.deadline == math.inf)
+    question = Question(key=next(theirs), claim=bytes(16), method="GET", identity="", selecting={})
+    assert network.ask(question).result(PROMPT) == Unclaimed()
 
 
 def test_three_runners_that_ask_for_one_cold_url_at_once_cost_one_call(
