@@ -31,6 +31,12 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "node/fleet.py",
+        "self._every(self._watch_seconds(), self.presence.watch)",
+        "self._every(WATCH_SECONDS, self.presence.watch)",
+        "simulation/test_simulated.py::test_where_a_publication_is_lost_one_of_those_who_wait_fetches_for_all",
+    ),
+    Mutant(
         "node/questions.py",
         "        return in_time and ",
         "        return ",

@@ -25,6 +25,7 @@ import trio
 import trio.lowlevel
 from libp2p.peer.id import ID
 
+from httpx_p2pcache.claims import CLAIM_LIFE, FLEET_PATIENCE
 from httpx_p2pcache.entries import ANONYMOUS, Keyring
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.ledger import Ledger
@@ -129,7 +130,7 @@ class Fleet:
                         started()
                         self.nursery.start_soon(self.questions.keep_time)
                         self.nursery.start_soon(self.search.run, self._get_ready)
-                        self._every(WATCH_SECONDS, self.presence.watch)
+                        self._every(self._watch_seconds(), self.presence.watch)
                         self._every(LOOK_SECONDS, self.presence.show_out_strangers, self.presence.let_go)
                         self._every(REMIND_SECONDS, self.reach.remind)
                         self._every(COUNTS_SECONDS, self._tell_counts)
@@ -144,6 +145,10 @@ class Fleet:
                         await self.search.withdraw()
         finally:
             self._worker.stop()
+
+    def _watch_seconds(self) -> float:
+        """Who waits for what is fetched does so a little longer than the claim lives: to be granted it by then."""
+        return min(WATCH_SECONDS, max(0.05, (FLEET_PATIENCE - CLAIM_LIFE) / 2 * self.settings.claim_timeout))
 
     def runners(self) -> dict[str, dict[str, int]]:
         """What each runner of the fleet has counted, as last heard: by the runner's name, this one's included."""

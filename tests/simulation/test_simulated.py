@@ -173,6 +173,13 @@ class Player:
         assert len(simulation.origin.fetched(path)) - before == 1, "more than one fetch after a write"
 
 
+@pytest.mark.parametrize("seed", [84, 262, 375, 435, 583, 746])
+def test_where_a_publication_is_lost_one_of_those_who_wait_fetches_for_all(seed: int) -> None:
+    # A claim that ends is passed on while they still wait: else all of them would fetch.
+    asks = (2, 1), (0, 0), (0, 0), (1, 0), (0, 0), (0, 0)
+    Player(seed, [Episode(asks, loss=0.1)]).play()
+
+
 nodes = st.integers(0, NODES - 1)
 asks = st.lists(st.tuples(nodes, st.sampled_from([0, 0, 0, 1, 5, 40, 90, 200, 500])), min_size=1, max_size=8).map(tuple)
 faults = st.lists(
