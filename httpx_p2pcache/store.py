@@ -30,10 +30,11 @@ from typing import Any
 from hishel import SqliteStorage
 
 from httpx_p2pcache.behind import STOP_SECONDS, Behind
-from httpx_p2pcache.database import Connection, Row, connect, connect_in, move_aside, state_of, storage_on
+from httpx_p2pcache.database import Row, move_aside, state_of
 from httpx_p2pcache.entries import Entry, Keyring, cache_key
 from httpx_p2pcache.exceptions import Rejected
 from httpx_p2pcache.memory import Memory, Remembered, State
+from httpx_p2pcache.opened import Opened
 from httpx_p2pcache.rows import fields_at_rest, from_row, to_hishel
 from httpx_p2pcache.stored import Stored, same_place
 from httpx_p2pcache.tombstones import EVERYBODY, Tombstones, noted
@@ -79,16 +80,12 @@ class Store:
         self._sealing = sealing
         self._any_coding = any_coding
         self.directory = directory
-        self._max_size = max_size
         self._default_ttl = default_ttl
         self._new_lock()
-        self._storage: SqliteStorage | None = None
-        self._connection: Connection | None = None
-        self._version = -1  # of the file, when it was looked at last
+        self._file = Opened(directory, max_size)
         self._memory = Memory()
         self._tombstones = Tombstones()
         self._learned: int | None = None  # the file's version whose tombstones are known here
-        self.complained = False
         _stores.add(self)
 
     def peek(self, key: bytes) -> list[Stored] | None:
@@ -112,11 +109,11 @@ class Store:
                 self._lock.release()
 
     def _remembered(self, key: bytes) -> list[Stored] | None:
-        connection = self._connection
+        connection = self._file.connection
         if connection is None or key in self._put_off:
             return None
         try:
-            self._version = connection.version()
+            self._file.version = connection.version()
             remembered = self._memory.get(key)
             if remembered is None or not self._is_valid(key, remembered):
                 return None
@@ -127,12 +124,12 @@ class Store:
 
     def _is_valid(self, key: bytes, remembered: Remembered) -> bool:
         """Whether what memory holds for a key is what the file holds. Raises ``sqlite3.Error``."""
-        if remembered.version != self._version:
+        if remembered.version != self._file.version:
             if key in self._later or remembered.state is None:
                 return False
-            if remembered.state != state_of(self._connected.rows(key)):
+            if remembered.state != state_of(self._file.connected.rows(key)):
                 return False
-            remembered.version = self._version
+            remembered.version = self._file.version
         return True
 
     def _entries(self, storage: SqliteStorage, rows: list[Row]) -> Iterator[tuple[uuid.UUID, Entry]]:
@@ -141,8 +138,8 @@ class Store:
         for row in rows:
             row_id, data, _, used = row
             if now - used >= TOUCH_SECONDS:
-                self._connected.touch(row_id, now)
-            id_, body = uuid.UUID(bytes=row_id), self._connected.body(row)
+                self._file.connected.touch(row_id, now)
+            id_, body = uuid.UUID(bytes=row_id), self._file.connected.body(row)
             if body is None:
                 continue
             try:
@@ -177,9 +174,9 @@ class Store:
                 return held
             if self._is_undone(key):
                 self.flush()
-            storage, found = self._open(), []
+            storage, found = self._file.storage(), []
             try:
-                rows = self._connected.rows(key)
+                rows = self._file.connected.rows(key)
                 for id_, entry in self._entries(storage, rows):
                     if self._tombstones.void(key, entry.identity, entry.received):
                         storage.remove_entry(id_)
@@ -228,7 +225,7 @@ class Store:
             return None
         stored = self._prepared(entry, uuid.uuid4())
         self._remember(key, [*(s for s in held if s not in replaced), stored])
-        self._write(key, len(entry.body), partial(self._insert, stored, replaced, asked, self._version))
+        self._write(key, len(entry.body), partial(self._insert, stored, replaced, asked, self._file.version))
         return stored
 
     def refresh(self, stored: Stored, entry: Entry, *, since: float) -> Stored | None:
@@ -265,7 +262,7 @@ class Store:
     def refuse(self, key: bytes, identity: str, *, since: float) -> None:
         """The origin refuses an identity: what it was given before ``since`` is removed, and not taken from peers."""
         with self._lock:
-            self._tombstones.bury(self._connected, [key], identity, since)
+            self._tombstones.bury(self._file.connected, [key], identity, since)
             self.remove(key, [stored for stored in self.load(key) if stored.entry.identity == identity])
 
     def remove(self, key: bytes, removed: Collection[Stored]) -> None:
@@ -281,7 +278,7 @@ class Store:
             return
         with self._writing() as storage:
             # Noted first: who writes meanwhile, and looks whether it may only then, either sees that or is seen below.
-            self._tombstones.bury(self._connected, keys, EVERYBODY, time.time())
+            self._tombstones.bury(self._file.connected, keys, EVERYBODY, time.time())
             for key in keys:
                 for stored in self.load(key):
                     self._delete(storage, stored)
@@ -326,7 +323,7 @@ class Store:
     def _write_together(self, jobs: Sequence[_Job], patient: bool) -> bool:
         free = False
         try:
-            together = self._connected.together(patient=patient)
+            together = self._file.connected.together(patient=patient)
             with together as free, self._writing(flushed=False, patient=free) as storage:
                 for job in jobs:
                     try:
@@ -335,14 +332,8 @@ class Store:
                         logger.debug("an entry could not be written", exc_info=True)
         except Exception:
             logger.debug("entries could not be written", exc_info=True)
-            self.complain()
+            self._file.complain()
         return free
-
-    def complain(self) -> None:
-        """Say, once, that the file cannot be written."""
-        if not self.complained:
-            self.complained = True
-            logger.warning("the store in %s cannot be written: what it cannot keep is not cached", self.directory)
 
     def _insert(
         self, stored: Stored, replaced: list[Stored], since: float, version: int, storage: SqliteStorage
@@ -361,13 +352,13 @@ class Store:
         stored.row = created.id
         for old in replaced:
             self._delete(storage, old)
-        if noted(self._connected, key, identity, since):  # not before: it may be written to while we write
+        if noted(self._file.connected, key, identity, since):  # not before: it may be written to while we write
             self._delete(storage, stored)
 
     def _is_outdone(self, storage: SqliteStorage, key: bytes, stored: Stored, replaced: list[Stored]) -> bool:
         """Whether another process of the runner has stored the same, or newer, meanwhile; what is older is removed."""
         now, ours = time.time(), {old.row.bytes for old in replaced if old.row is not None}
-        others = [row for row in self._connected.rows(key) if row[0] not in ours]
+        others = [row for row in self._file.connected.rows(key) if row[0] not in ours]
         for id_, theirs in self._entries(storage, others):
             if not same_place(theirs, stored.entry):
                 continue
@@ -397,9 +388,9 @@ class Store:
         with self._lock:
             entries, _ = self.size()
             try:
-                if self._connected.execute("PRAGMA database_list").fetchone()[2] == "":
+                if self._file.connected.execute("PRAGMA database_list").fetchone()[2] == "":
                     raise OSError("its file cannot be used")
-                self._connected.clear()
+                self._file.connected.clear()
             except sqlite3.Error as exc:
                 raise OSError(str(exc)) from exc
             self._memory.clear()
@@ -440,17 +431,15 @@ class Store:
     def _shut(self) -> None:
         try:
             self.flush()
-            if self._storage is not None:
-                self._storage.close()
+            self._file.shut()
         finally:
-            self._storage = self._connection = None
-            self._version, self._learned = -1, None
+            self._learned = None
             self._memory.clear()
 
     def _select(self, sql: str, parameters: tuple[object, ...] = ()) -> list[tuple[Any, ...]]:
         """Rows of our own query; none if the file turns out to be damaged, which is then moved aside."""
         try:
-            return self._connected.execute(sql, parameters).fetchall()
+            return self._file.connected.execute(sql, parameters).fetchall()
         except sqlite3.DatabaseError as exc:
             if not isinstance(exc, sqlite3.OperationalError):
                 self._shut()
@@ -461,71 +450,34 @@ class Store:
         """Whether a key, which was loaded just now, was written to, or an identity refused, after ``since``, as any
         process of the runner knows."""
         try:
-            if self._learned != self._version:
-                if not self._tombstones.learn(self._connected):
-                    return self._tombstones.void(key, identity, since) or noted(self._connected, key, identity, since)
-                self._learned = self._version
+            if self._learned != self._file.version:
+                if not self._tombstones.learn(self._file.connected):
+                    return self._tombstones.void(key, identity, since) or noted(
+                        self._file.connected, key, identity, since
+                    )
+                self._learned = self._file.version
         except sqlite3.Error:
             pass
         return self._tombstones.void(key, identity, since)
 
     def _others_have_written(self, version: int) -> bool:
         """Whether another process has written since the file was of this ``data_version``."""
-        return self._connected.version() != version
-
-    @property
-    def _connected(self) -> Connection:
-        self._open()
-        assert self._connection is not None
-        return self._connection
+        return self._file.connected.version() != version
 
     @contextlib.contextmanager
     def _writing(self, *, flushed: bool = True, patient: bool = True) -> Iterator[SqliteStorage]:
         with self._lock:
             if flushed:
                 self.flush()
-            storage, _at_work.store = self._open(), self
-            try:
-                with contextlib.nullcontext() if patient else self._connected.impatient():
-                    yield storage
-            finally:
-                _at_work.store = None
+            with self._file.writing(patient=patient) as storage:
+                yield storage
 
     def _prepared(self, entry: Entry, id_: uuid.UUID, row: uuid.UUID | None = None) -> Stored:
         return Stored(id_, entry, self._default_ttl, self._any_coding(entry.url), row)
 
     def _remember(self, key: bytes, found: list[Stored], state: State | None = None) -> None:
         """Keep what a key has now; ``state``: that of the rows it was loaded from."""
-        self._memory.put(key, found, self._version, state)
-
-    def _open(self) -> SqliteStorage:
-        with self._lock:
-            if self._storage is not None:
-                return self._storage
-            try:
-                self._use(connect_in(self.directory))
-            except (sqlite3.DatabaseError, RuntimeError) as exc:
-                if isinstance(exc, sqlite3.OperationalError) or not move_aside(self.directory):
-                    self._use_memory(exc)
-                else:
-                    self._use(connect_in(self.directory))
-            except OSError as exc:
-                self._use_memory(exc)
-            assert self._storage is not None
-            return self._storage
-
-    def _use(self, connection: Connection) -> None:
-        self._storage, self._connection = storage_on(connection, self._max_size), connection
-        self._version = connection.version()
-
-    def _use_memory(self, exc: Exception) -> None:
-        logger.warning(
-            "CACHE_DIR %s cannot be used (%s): entries are kept in memory for this process only. "
-            "Set CACHE_DIR to a directory you can write.",
-            self.directory,
-            exc,
-        )
-        self._use(connect(":memory:"))
+        self._memory.put(key, found, self._file.version, state)
 
     # SQLite must not be open across a fork: a child that inherits its lock table takes no locks, and one that is forked
     # while another thread is inside it inherits a mutex that nobody will release. So both sides begin closed.
@@ -590,17 +542,3 @@ if hasattr(os, "register_at_fork"):
         after_in_parent=partial(_after_fork, child=False),
         after_in_child=partial(_after_fork, child=True),
     )
-
-
-class _SaidOnce(logging.Filter):
-    """hishel says of every entry that it cannot write, with a traceback: of ours, once is enough."""
-
-    def filter(self, record: logging.LogRecord) -> bool:  # noqa: ARG002 - the contract's signature
-        store: Store | None = getattr(_at_work, "store", None)
-        if store is not None:
-            store.complain()
-        return store is None
-
-
-_at_work = threading.local()
-logging.getLogger("hishel._core._storages._sync_sqlite").addFilter(_SaidOnce())

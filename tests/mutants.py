@@ -122,7 +122,7 @@ MUTANTS = [
     ),
     Mutant(
         "store.py",
-        "if remembered.state != state_of(self._connected.rows(key)):",
+        "if remembered.state != state_of(self._file.connected.rows(key)):",
         "if False:",
         "unit/test_store.py::test_memory_is_given_up_when_another_store_has_renewed_an_entry",
     ),
@@ -147,7 +147,7 @@ MUTANTS = [
     ),
     Mutant(
         "store.py",
-        "if noted(self._connected, key, identity, since):",
+        "if noted(self._file.connected, key, identity, since):",
         "if False:",
         "unit/test_store.py::test_a_write_of_another_process_makes_void_what_is_unwritten_here",
     ),
@@ -314,14 +314,14 @@ MUTANTS = [
         f"{HOSTILE}::test_a_record_of_the_far_future_does_not_count_for_ever",
     ),
     Mutant(
-        "store.py",
+        "opened.py",
         'logging.getLogger("hishel._core._storages._sync_sqlite").addFilter(_SaidOnce())',
         "",
         f"{FAULTS}::test_a_database_that_somebody_holds_for_long_delays_a_request_by_no_more_than_a_write_may_wait",
     ),
     Mutant(
         "store.py",
-        "            self.complain()\n        return free",
+        "            self._file.complain()\n        return free",
         "        return free",
         f"{FAULTS}::test_on_a_full_disk_requests_are_answered_and_it_is_said_once",
     ),
