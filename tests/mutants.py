@@ -31,6 +31,31 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "node/questions.py",
+        "min(fleet.settings.lookup_timeout / 2, fleet.settings.claim_timeout)",
+        "fleet.settings.lookup_timeout / 2",
+        "integration/test_fleet.py::test_claims_that_end_before_the_home_is_given_up_leave_each_question_its_end",
+    ),
+    Mutant(
+        "node/questions.py",
+        "_Question(self, asked, future), self._fleet.store.peek)",
+        "_Question(self, asked, future), self._fleet.shelf.at_hand)",
+        "integration/test_fleet.py::test_who_asks_touches_no_disk_in_a_thread_that_may_be_a_loops",
+    ),
+    Mutant(
+        "node/shortcuts.py",
+        "if self._descriptor() != descriptor:",
+        "if False:",
+        "integration/test_shortcuts.py::"
+        "test_who_reads_from_what_is_closed_in_the_same_moment_takes_nothing_from_who_has_its_descriptor_then",
+    ),
+    Mutant(
+        "node/shortcuts.py",
+        "            self.raw.soon(self._muxer.abandon)\n",
+        "",
+        "integration/test_shortcuts.py::test_a_connection_whose_writer_is_interrupted_is_given_up",
+    ),
+    Mutant(
         "node/fleet.py",
         "self._every(self._watch_seconds(), self.presence.watch)",
         "self._every(WATCH_SECONDS, self.presence.watch)",
@@ -44,14 +69,14 @@ MUTANTS = [
     ),
     Mutant(
         "node/turn.py",
-        "yield held[0] and not self._lost",
-        "yield held[0]",
-        "unit/test_turn.py::test_a_loop_goes_on_without_the_turn_that_is_not_given_back_and_lends_it_no_more",
+        "taken[0] and self._asleep and func()",
+        "taken[0] and func()",
+        "unit/test_turn.py::test_a_loop_goes_on_without_the_turn_that_is_not_given_back_and_lends_it_again_once_it_is",
     ),
     Mutant(
         "node/turn.py",
-        "            self._lost = not self._lock.acquire(timeout=LOST_SECONDS)\n",
-        "            pass\n",
+        "self._held = self._lock.acquire(timeout=LOST_SECONDS)",
+        "self._held = True",
         "unit/test_turn.py::test_a_loop_and_other_threads_are_never_inside_at_the_same_time",
     ),
     Mutant(

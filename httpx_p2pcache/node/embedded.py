@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from httpx_p2pcache.claims import Verdict
@@ -100,8 +101,7 @@ class EmbeddedNode:
         fleet, turn = self._fleet, self._turn
         if fleet is None or turn is None or self._closing:
             return False
-        with turn.taken() as ours:
-            return ours and fleet.questions.asked_in_turn(question, asked)
+        return turn.lent(partial(fleet.questions.asked_in_turn, question, asked))
 
     def publish(self, entry: Entry, claim: bytes, *, widely: bool, refreshed: bool = False) -> None:
         async def publish(fleet: Fleet) -> None:

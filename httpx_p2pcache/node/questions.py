@@ -68,27 +68,32 @@ class Questions:
         self._alarm = trio.CancelScope()  # goes off at the first deadline, or before it
         self._over = False
         self._lately = False  # something has been put since the loop looked last
-        self._look_every = fleet.settings.lookup_timeout / 2  # while something is, in seconds: the shortest wait
+        # While something is, in seconds: no wait is shorter.
+        self._look_every = min(fleet.settings.lookup_timeout / 2, fleet.settings.claim_timeout)
         self._own_calls = 0
 
     def ask(self, asked: network.Question, future: Asked) -> None:
         """Answer ``future`` as :class:`network.PeerNetwork` promises."""
         question = _Question(self, asked, future)
-        if not self._put_at_once(question):
+        if not self._put_at_once(question, self._fleet.shelf.at_hand):
             self._spawn(self._put, question)
 
     def asked_in_turn(self, asked: network.Question, future: Asked) -> bool:
-        """Whether :meth:`ask` could be done by a thread that has the loop's :class:`~.turn.Turn`.
+        """Whether :meth:`ask` could be done by a thread that is lent the loop's :class:`~.turn.Turn`.
 
-        It wakes nobody: that is so while the loop will look by itself before time is up.
+        It wakes nobody: that is so while the loop will look by itself before time is up. And it touches no disk: who
+        asks may be a loop himself.
         """
         in_time = self._alarm.deadline <= self._fleet.now() + self._look_every
-        return in_time and self._put_at_once(_Question(self, asked, future))
+        return in_time and self._put_at_once(_Question(self, asked, future), self._fleet.store.peek)
 
     # A question is put
 
-    def _put_at_once(self, question: _Question) -> bool:
-        """Whether a question could be put where it belongs, or answered, without waiting for anybody."""
+    def _put_at_once(self, question: _Question, look: Callable[[bytes], list[Stored] | None]) -> bool:
+        """Whether a question could be put where it belongs, or answered, without waiting for anybody.
+
+        ``look`` says what is held of a key, or None where it cannot.
+        """
         fleet, asked = self._fleet, question.asked
         try:
             if not fleet.is_settled():
@@ -97,7 +102,7 @@ class Questions:
             if home != fleet.host.id:
                 member = fleet.members.get(home)
                 return member is not None and member.usable() and self._sent_at_once(question, member)
-            held = fleet.shelf.at_hand(asked.key)
+            held = look(asked.key)
             if held is None:
                 return False
             stored = chosen(held, asked)

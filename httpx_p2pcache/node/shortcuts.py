@@ -17,7 +17,7 @@ import contextlib
 import logging
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
@@ -100,9 +100,13 @@ class Direct:
             while (descriptor := self._descriptor()) >= 0:
                 # trio looks first whether there is anything: seldom, as all that there was has just been read.
                 await trio.lowlevel.wait_readable(descriptor)
+                if self._descriptor() != descriptor:  # closed in the same turn: by now it may be another file's
+                    break
                 with contextlib.suppress(BlockingIOError):
                     return os.read(descriptor, CHUNK)
-        except (OSError, trio.ClosedResourceError):  # it has broken, or is closed
+        except OSError as exc:
+            raise ConnectionClosedError(f"the connection has broken: {exc.strerror}") from exc
+        except trio.ClosedResourceError:
             pass
         chunk: bytes = await self._inner.read(CHUNK)
         return chunk
@@ -138,9 +142,19 @@ class Direct:
         self._writing.acquire_at_once()
         sent = self._taken(data)
         if sent < len(data):
-            self._token.run_sync_soon(trio.lowlevel.spawn_system_task, self._write_on, data[sent:])
+            self.soon(self._write_on, data[sent:])
         else:
             self._writing.release()
+
+    def soon(self, func: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Have the loop do it, from whichever thread."""
+
+        def begin() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is about to end
+                trio.lowlevel.spawn_system_task(func, *arguments)
+
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(begin)
 
     async def _write_on(self, rest: bytes) -> None:
         try:
@@ -285,8 +299,12 @@ class Sieve:
         """Whether that could be done without waiting."""
         if not self.raw.free():
             return False
-        sealed = self._secured.conn.encrypt(data)
-        self.raw.write_at_once(len(sealed).to_bytes(2, "big") + sealed)
+        try:
+            sealed = self._secured.conn.encrypt(data)
+            self.raw.write_at_once(len(sealed).to_bytes(2, "big") + sealed)
+        except BaseException:  # a signal's handler has raised: nobody knows what was written, and as which message
+            self.raw.soon(self._muxer.abandon)
+            raise
         return True
 
     def __getattr__(self, name: str) -> Any:
@@ -351,10 +369,11 @@ class Stream:
         muxed = self._muxed
         if len(data) > min(muxed.send_window, MAX_PAYLOAD) or muxed.send_closed or muxed.closed:
             return False
-        if not self._muxer.write_at_once(_HEADER.pack(0, TYPE_DATA, 0, self._number, len(data)) + data):
-            return False
         muxed.send_window -= len(data)
-        return True
+        if self._muxer.write_at_once(_HEADER.pack(0, TYPE_DATA, 0, self._number, len(data)) + data):
+            return True
+        muxed.send_window += len(data)
+        return False
 
     async def write(self, data: bytes) -> None:
         """All of ``data``; waits only for the peer's window, and for the kernel. One task at a time writes."""

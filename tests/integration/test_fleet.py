@@ -36,7 +36,7 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.peer.id import ID
 
 from httpx_p2pcache.entries import Entry, Keyring, body_digest, cache_key
-from httpx_p2pcache.network import Question, Unclaimed
+from httpx_p2pcache.network import FleetClaim, Question, Unclaimed
 from httpx_p2pcache.node.discovery.registry import Record
 from httpx_p2pcache.node.embedded import EmbeddedNode
 from httpx_p2pcache.node.host import Host
@@ -314,8 +314,8 @@ def test_a_node_is_not_woken_to_ask_for_those_who_ask_one_thing_after_another(
     askers: list[str] = []
     put = Questions._put_at_once
 
-    def noted(self: Questions, question: Any) -> bool:
-        done = put(self, question)
+    def noted(self: Questions, question: Any, look: Any) -> bool:
+        done = put(self, question, look)
         if done:
             askers.append(threading.current_thread().name)
         return done
@@ -348,6 +348,52 @@ def test_who_asks_after_a_while_has_an_answer_also_if_the_home_says_nothing(
     assert eventually(lambda: questions._alarm.deadline == math.inf)
     question = Question(key=next(theirs), claim=bytes(16), method="GET", identity="", selecting={})
     assert network.ask(question).result(PROMPT) == Unclaimed()
+
+
+def test_claims_that_end_before_the_home_is_given_up_leave_each_question_its_end(
+    fleet: Callable[..., list[Runner]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asker, other = fleet(2, lookup_timeout=2.0, claim_timeout=0.2)
+    network = asker.transport._exchange.network
+    assert isinstance(network, EmbeddedNode)
+    assert network._fleet is not None
+    here, homes = network._fleet, network._fleet.homes
+    keys = [bytes([n]) * 32 for n in range(256)]
+    ours = next(key for key in keys if homes.now(key) == here.host.id)
+    theirs = next(key for key in keys if homes.now(key) != here.host.id)
+    here.store.load(ours)
+    question = Question(key=ours, claim=bytes(16), method="GET", identity="", selecting={})
+    first = msgspec.structs.replace(question, key=theirs, claim=bytes(15) + b"y")
+    assert isinstance(network.ask(first).result(PROMPT), FleetClaim)  # from now on the node looks by itself
+    assert isinstance(network.ask(question).result(PROMPT), FleetClaim)
+    assert network.ask(question).result(PROMPT) is not None  # once the first claim's life is over
+    for link in here.members[ID.from_base58(other.stat("peer_id"))].links:
+        monkeypatch.setattr(link, "_write_at_once", lambda _: True)  # as if it had been written
+    silent = msgspec.structs.replace(question, key=theirs, claim=bytes(15) + b"x")
+    assert network.ask(silent).result(2.0 + PROMPT) == Unclaimed()
+
+
+def test_who_asks_touches_no_disk_in_a_thread_that_may_be_a_loops(
+    fleet: Callable[..., list[Runner]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = fleet(2)[0].transport._exchange.network
+    assert isinstance(network, EmbeddedNode)
+    assert network._fleet is not None
+    here, loads = network._fleet, list[str]()
+    load = here.store.load
+
+    def noted(key: bytes) -> Any:
+        loads.append(threading.current_thread().name)
+        return load(key)
+
+    monkeypatch.setattr(here.store, "load", noted)
+    keys = [bytes([n]) * 32 for n in range(256)]
+    theirs = next(key for key in keys if here.homes.now(key) != here.host.id)
+    ours = [key for key in keys if here.homes.now(key) == here.host.id]
+    for key in [theirs, *ours[:20]]:
+        question = Question(key=key, claim=key[:16], method="GET", identity="", selecting={})
+        assert isinstance(network.ask(question).result(PROMPT), FleetClaim)
+    assert set(loads) == {"p2pcache-node"}
 
 
 def test_three_runners_that_ask_for_one_cold_url_at_once_cost_one_call(

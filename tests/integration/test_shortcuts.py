@@ -21,6 +21,8 @@ from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.io.trio import TrioTCPStream
 from libp2p.peer.id import ID
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport
@@ -43,7 +45,7 @@ from httpx_p2pcache.network import Question
 from httpx_p2pcache.node.host import Host
 from httpx_p2pcache.node.link import Link
 from httpx_p2pcache.node.protocol import PROTOCOL_ID, Ask, Found, pack
-from httpx_p2pcache.node.shortcuts import MAX_OPENED, Muxer, Sieve, Stream
+from httpx_p2pcache.node.shortcuts import MAX_OPENED, Direct, Muxer, Sieve, Stream
 
 pytestmark = pytest.mark.p2p
 
@@ -469,5 +471,91 @@ def test_a_write_that_is_cancelled_before_it_has_begun_sends_nothing() -> None:
                 scope.cancel()
                 await stream.write((3).to_bytes(4, "big") + b"one")  # nothing in it waits: it is sent
             assert await read(stream, 3) == b"one"
+
+    play(scene)
+
+
+@contextlib.asynccontextmanager
+async def read_directly() -> AsyncIterator[tuple[Direct, socket.socket]]:
+    """A TCP connection's end as our connections read it, and its other end."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    near.setblocking(False)
+    direct = Direct(TrioTCPStream(trio.SocketStream(trio.socket.from_stdlib_socket(near))))
+    with far:
+        yield direct, far
+        await direct.close()
+
+
+def test_who_reads_from_what_is_closed_in_the_same_moment_takes_nothing_from_who_has_its_descriptor_then() -> None:
+    async def scene() -> None:
+        found, left = [], []
+
+        async def reads(direct: Direct) -> None:
+            found.append(await direct.read(2))
+
+        async def closes(direct: Direct, told: socket.socket) -> None:
+            await trio.lowlevel.wait_readable(told)
+            number = direct._inner.stream.socket.fileno()
+            direct._inner.stream.socket.close()
+            one, other = socket.socketpair()  # as any thread may begin in this moment
+            with one, other, told:
+                assert number in (one.fileno(), other.fileno())
+                theirs, ours = (one, other) if one.fileno() == number else (other, one)
+                ours.send(b"for somebody else")
+                await trio.testing.wait_all_tasks_blocked()
+                theirs.setblocking(False)
+                left.append(theirs.recv(100))
+
+        for _ in range(10):  # who of the two has the first turn is chance
+            async with read_directly() as (direct, far), trio.open_nursery() as nursery:
+                teller, told = socket.socketpair()
+                told.setblocking(False)
+                nursery.start_soon(reads, direct)
+                nursery.start_soon(closes, direct, told)
+                await trio.testing.wait_all_tasks_blocked()
+                far.send(b"ab")
+                teller.send(b"now")
+                teller.close()
+        assert set(found) <= {b"", b"ab"}
+        assert set(left) == {b"for somebody else"}
+
+    play(scene)
+
+
+def test_a_connection_that_is_reset_is_told_from_one_that_ends() -> None:
+    async def scene() -> None:
+        async with read_directly() as (direct, far):
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            far.close()
+            with pytest.raises(ConnectionClosedError):
+                await direct.read(2)
+        async with read_directly() as (direct, far):
+            far.close()
+            assert await direct.read(2) == b""
+
+    play(scene)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_connection_whose_writer_is_interrupted_is_given_up(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        taken = Direct._taken
+
+        def interrupted(self: Direct, data: bytes) -> int:
+            if when == "after":
+                taken(self, data)
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        async with pair(echo) as (_, connect):
+            stream = await connect()
+            monkeypatch.setattr(Direct, "_taken", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                stream.write_at_once(b"\0\0\0\1a")
+            while not stream._muxer.event_closed.is_set():
+                await trio.lowlevel.checkpoint()
+            assert not stream.write_at_once(b"\0\0\0\1b")
 
     play(scene)

@@ -11,6 +11,7 @@ pytest.importorskip("libp2p")
 
 import trio
 
+from httpx_p2pcache.multiaddrs import is_tcp
 from httpx_p2pcache.node import homes
 from httpx_p2pcache.node.presence import IDLE_SECONDS
 from httpx_p2pcache.testing.simulation import SimulatedNode, Simulation
@@ -158,3 +159,9 @@ def test_behind_nat_the_node_that_all_reach_is_the_only_home() -> None:
         await script(simulation)
 
     simulation.play(run)
+
+
+def test_each_of_ten_thousand_nodes_has_an_address() -> None:
+    addresses = {node.address for node in Simulation(nodes=10_000).nodes}
+    assert len(addresses) == 10_000
+    assert all(map(is_tcp, addresses))

@@ -17,7 +17,7 @@ import trio
 from httpx_p2pcache.node import turn as turn_module
 from httpx_p2pcache.node.turn import Turn
 
-Steps = Callable[[], None]
+Steps = Callable[[], object]
 
 
 class Loop:
@@ -46,8 +46,7 @@ class Loop:
         self._token.run_sync_soon(func)
 
     def is_asleep(self) -> bool:
-        with self.turn.taken() as ours:
-            return ours
+        return self.turn.lent(lambda: True)
 
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
@@ -69,23 +68,21 @@ def test_a_loop_and_other_threads_are_never_inside_at_the_same_time() -> None:
     met: list[list[str]] = []
     taken, ends = 0, time.monotonic() + 60
 
-    def enter(who: str) -> None:
+    def enter(who: str) -> bool:
         inside.append(who)
         threading.Event().wait(0.00002)  # gives the others the interpreter
         if inside != [who]:
             met.append(list(inside))
         inside.remove(who)
+        return True
 
     def other(name: str) -> None:
         nonlocal taken
         while (loop.steps < 300 or taken < 100) and time.monotonic() < ends:
-            with loop.turn.taken() as ours:
-                if ours:
-                    enter(name)
-                    taken += 1
+            taken += loop.turn.lent(partial(enter, name))
             threading.Event().wait(0.0001)
 
-    with Loop(lambda: enter("loop"), tasks=2) as loop:
+    with Loop(partial(enter, "loop"), tasks=2) as loop:
         threads = [threading.Thread(target=other, args=(name,)) for name in ("one", "two")]
         for thread in threads:
             thread.start()
@@ -114,31 +111,36 @@ def test_it_is_nobody_elses_while_the_loop_is_at_work_nor_once_it_has_ended() ->
 
 
 def test_it_is_given_back_by_who_fails() -> None:
-    def fail() -> None:
-        with loop.turn.taken() as ours:
-            if ours:
-                raise KeyboardInterrupt
+    def fail() -> bool:
+        raise KeyboardInterrupt
 
     with Loop() as loop:
         assert eventually(loop.is_asleep)
         with pytest.raises(KeyboardInterrupt):
-            fail()
+            loop.turn.lent(fail)
         assert eventually(loop.is_asleep)
 
 
-def test_a_loop_goes_on_without_the_turn_that_is_not_given_back_and_lends_it_no_more(
+def test_a_loop_goes_on_without_the_turn_that_is_not_given_back_and_lends_it_again_once_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(turn_module, "LOST_SECONDS", 0.05)
-    done = threading.Event()
+    taken, over, done = threading.Event(), threading.Event(), threading.Event()
+
+    def keep() -> bool:
+        taken.set()
+        return over.wait(10)
+
     with Loop() as loop:
         assert eventually(loop.is_asleep)
-        with loop.turn.taken() as ours:
-            assert ours
-            loop.soon(done.set)
-            assert done.wait(10)
-        assert not loop.is_asleep()  # whatever is given back now
-        done.clear()
+        keeper = threading.Thread(target=loop.turn.lent, args=(keep,))
+        keeper.start()
+        assert taken.wait(10)
         loop.soon(done.set)
         assert done.wait(10)
+        assert not loop.is_asleep()  # to anybody
+        over.set()
+        keeper.join(10)
         assert not loop.is_asleep()
+        loop.soon(lambda: None)
+        assert eventually(loop.is_asleep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,6 +16,7 @@ from httpx_p2pcache.database import connect
 from httpx_p2pcache.exchange import Exchange
 from httpx_p2pcache.github import GitHub
 from httpx_p2pcache.ledger import Ledger
+from httpx_p2pcache.multiaddrs import multiaddr
 from httpx_p2pcache.node.discovery import Discovery, Sighting
 from httpx_p2pcache.node.embedded import EmbeddedNode
 from httpx_p2pcache.node.fleet import Fleet
@@ -112,7 +114,7 @@ class SimulatedNode:
     def __init__(self, simulation: Simulation, number: int, skew: float) -> None:
         self.simulation, self.number, self.skew = simulation, number, skew
         self.network = simulation.network
-        self.address = f"/ip4/10.0.0.{number}/tcp/1"
+        self.address = multiaddr(str(ipaddress.IPv4Address("10.0.0.0") + number), 1)
         self.alive = False
         self.ids: list[ID] = []  # that it is to have when it begins
         self._frozen: trio.Event | None = None
