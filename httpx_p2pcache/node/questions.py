@@ -221,7 +221,7 @@ class Questions:
             self._conclude(question, answer, stored, link)
 
     def _conclude(self, question: _Question, answer: Answering, stored: Stored | None, link: Link) -> None:
-        if question.forwarded:
+        if question.forwarded and not helps(stored, question.asked):
             held = None
             with contextlib.suppress(Exception):  # the task meets the same, and says so
                 held = self._fleet.shelf.at_hand(question.asked.key)

@@ -91,9 +91,7 @@ class Direct:
                 whole: bytes = await self._inner.read(n)
                 return whole
             self._ahead = memoryview(await self._chunk())
-        taken = bytes(self._ahead[:n])
-        self._ahead = self._ahead[len(taken) :]
-        return taken
+        return self._taken_ahead(n)
 
     async def _chunk(self) -> bytes:
         try:
@@ -117,11 +115,18 @@ class Direct:
         return await self._exactly(length) if length else b""
 
     async def _exactly(self, n: int) -> bytes:
+        if len(self._ahead) >= n:
+            return self._taken_ahead(n)
         taken = part = await self.read(n)
         while part and len(taken) < n:
             part = await self.read(n - len(taken))
             taken += part
         return taken if part else b""
+
+    def _taken_ahead(self, n: int | None) -> bytes:
+        taken = bytes(self._ahead[:n])
+        self._ahead = self._ahead[len(taken) :]
+        return taken
 
     async def write(self, data: bytes) -> None:
         """All of ``data``; no turn of the scheduler if the kernel takes it at once."""
