@@ -23,7 +23,8 @@ from benchmarks.finding import Node, _all_have
 from httpx_p2pcache import P2PCacheTransport, Settings
 from httpx_p2pcache.testing import Origin, Resource
 
-SIZES = {"2 KB": 2_000, "24 KB": 24_000, "170 KB": 170_000, "5 MB": 5_000_000}
+# Bytes, and how many of them are asked for: the smaller, the less one of them says.
+SIZES = {"2 KB": (2_000, 200), "24 KB": (24_000, 100), "170 KB": (170_000, 50), "5 MB": (5_000_000, 50)}
 # A runner, in a process of its own as all are. Told "ours URL ..." or "bare URL ...", it asks for one after another,
 # with sharing or without, and says how many milliseconds each took, and where it came from; "none URL" is answered
 # where a transport begins, so that it shows what httpx's client takes itself. Told "stats", it says what its transport
@@ -191,14 +192,14 @@ def _runners() -> Iterator[Callable[[], _Runner]]:
         yield begin
 
 
-def hits(rounds: int = 50) -> dict[str, Any]:
+def hits() -> dict[str, Any]:
     """What a peer holds, by size; beside it a bare round trip on one long-lived stream."""
     found: dict[str, Any] = {}
     chance = random.Random(1)
     resources = {
         f"/{size}/{number}": Resource(chance.randbytes(size), max_age=600)
-        for size in SIZES.values()
-        for number in range(rounds)
+        for size, count in SIZES.values()
+        for number in range(count)
     }
     bare: dict[str, list[float]] = {name: [] for name in SIZES}
     took: dict[str, list[float]] = {name: [] for name in SIZES}
@@ -209,8 +210,8 @@ def hits(rounds: int = 50) -> dict[str, Any]:
             holder.ask(origin.url + path)
         # What is published is pushed to all who are there, and they keep it: who asks comes later.
         asker = begin()
-        for name, size in SIZES.items():
-            for number in range(rounds):
+        for name, (size, count) in SIZES.items():
+            for number in range(count):
                 bare[name].append(trip(size))
                 nothing.append(asker.ask(origin.url, "none")[0])
                 ms, source = asker.ask(f"{origin.url}/{size}/{number}")
