@@ -90,13 +90,13 @@ def stop(as_json: Json = False) -> None:
         print("the daemon has ended" if stopped else "no daemon was running")
 
 
-def _running(as_json: bool) -> dict[str, Any]:
-    """The daemon's status; without one the command ends with status 1."""
+def _running(as_json: bool, nothing: object) -> dict[str, Any]:
+    """The daemon's status; without one the command ends with status 1, and ``nothing`` as its JSON."""
     settings = settings_or_exit()
     status: dict[str, Any] | None = life.Remote(settings.dir).get("/status")
     if status is None:
         if as_json:
-            print_json({"running": False})
+            print_json(nothing)
             raise typer.Exit(1)
         fail(f"no daemon runs in {settings.dir}: p2pcache init starts one")
     return status
@@ -108,7 +108,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show this runner's daemon. Exit status 0: it runs; 1: none does."""
-    found = _running(as_json)
+    found = _running(as_json, {"running": False})
     if web:
         told, opened = life.Remote(settings_or_exit().dir).post("/open")
         if told != 200:
@@ -125,7 +125,7 @@ def status(
 @app.command()
 def peers(as_json: Json = False) -> None:
     """List the members of the fleet that are connected. Exit status 0: there are some; 1: none, or no daemon."""
-    found = _running(as_json)["peers"]
+    found = _running(as_json, [])["peers"]
     if as_json:
         print_json(found)
     elif found:

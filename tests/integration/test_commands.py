@@ -95,6 +95,7 @@ def test_what_needs_the_daemon_says_so(runner: Runner) -> None:
         assert done.returncode == 1
         assert "p2pcache init starts one" in done.stderr
     assert json.loads(runner.run("status", "--json").stdout) == {"running": False}
+    assert json.loads(runner.run("peers", "--json").stdout) == []
     assert runner.run("discover").returncode == 1
 
 
