@@ -24,7 +24,7 @@ import msgspec
 from hishel import Headers, Request
 from msgspec import Meta
 
-from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.exceptions import UNDECODABLE, Rejected
 from httpx_p2pcache.machine import place
 from httpx_p2pcache.settings import DEFAULT_PORTS, Settings
 
@@ -329,7 +329,7 @@ class Keyring:
             entry = _DECODER.decode(self.open(sealed, b"entry " + key))
         except msgspec.ValidationError as exc:
             raise Rejected("a sealed entry does not have the form of one") from exc
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        except UNDECODABLE as exc:
             raise Rejected("a sealed entry is not msgpack") from exc
         if cache_key(entry.url) != key:
             raise Rejected("an entry's URL and its cache key do not agree")

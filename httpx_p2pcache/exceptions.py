@@ -10,6 +10,10 @@ The origin's own errors pass through untouched: they are httpx's.
 
 from __future__ import annotations
 
+import msgspec
+
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what msgspec raises for bytes of others
+
 
 class P2PCacheError(Exception):
     """The base of every error raised by httpx-p2pcache."""

@@ -31,6 +31,7 @@ from hishel import Headers
 
 from httpx_p2pcache.conditions import opaque
 from httpx_p2pcache.entries import Entry, links, same_origin
+from httpx_p2pcache.exceptions import UNDECODABLE
 from httpx_p2pcache.freshness import vary_names
 from httpx_p2pcache.settings import Settings
 from httpx_p2pcache.stats import Stats
@@ -195,7 +196,7 @@ def may_have_grown(entry: Entry) -> bool:
         return False
     try:
         value: Any = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return False
     lists = [value] if isinstance(value, list) else [v for v in value.values() if isinstance(v, list)]
     paged = isinstance(value, list) or "total_count" in value

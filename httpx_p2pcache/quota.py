@@ -17,6 +17,7 @@ from hishel import Headers
 from msgspec import Meta
 
 from httpx_p2pcache.entries import Digest
+from httpx_p2pcache.exceptions import UNDECODABLE
 
 PROBE_SECONDS = 60.0  # between two calls that see whether a refusal still stands
 FIRST_PAUSE = 60.0  # after a secondary limit that names no time
@@ -179,7 +180,7 @@ def speaks_of_limits(body: bytes) -> bool:
     """
     try:
         message = msgspec.json.decode(body, type=_Message).message.lower()
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return True
     return "limit" in message or "abuse" in message
 

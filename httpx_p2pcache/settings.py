@@ -153,6 +153,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             values.setdefault("peer_registry", Path(environ["RUNNER_TEMP"]) / "p2p_peers")
         return cls(**(values | overrides))
 
+    @property
+    def registry(self) -> Path:
+        """The directory in which runners leave their addresses for each other."""
+        return self.peer_registry or self.dir / "peers"
+
     def origins(self) -> dict[str, str]:
         """The hosts of ``github_hosts``, and the scheme by which each is reached: https, unless it is this machine.
 

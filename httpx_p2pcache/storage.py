@@ -44,7 +44,7 @@ from httpx_p2pcache.entries import (
     carries_credentials,
     is_credential,
 )
-from httpx_p2pcache.exceptions import ConfigurationError, Rejected
+from httpx_p2pcache.exceptions import UNDECODABLE, ConfigurationError, Rejected
 from httpx_p2pcache.files import private_directory, private_file
 from httpx_p2pcache.freshness import directives, initial_age, lifetime, storable_fields, vary_names
 from httpx_p2pcache.network import Asked, FleetClaim, Found, Question, Unclaimed, settle
@@ -252,7 +252,7 @@ class _Sharing:
         try:
             entry = _DECODER.decode(max(held, key=lambda stored: stored.entry.received).entry.body)
             return believed(entry, 0.0, now, self._settings.max_body_size)
-        except (Rejected, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except (Rejected, *UNDECODABLE):
             self._exchange.stats.add("rejected")
             return None
 

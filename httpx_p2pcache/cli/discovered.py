@@ -30,7 +30,7 @@ def discovered(settings: Settings, status: dict[str, Any] | None) -> list[dict[s
         add(peer["peer_id"], peer["addresses"], peer["how"])
     if settings.shared_secret:
         keyring = Keyring.of(settings, settings.shared_secret.encode())
-        registry = Registry(settings.peer_registry or settings.dir / "peers", keyring, settings.peer_ttl)
+        registry = Registry(settings.registry, keyring, settings.peer_ttl)
         for sighting in _found(registry):
             add(base58.b58encode(sighting.peer_id).decode(), list(sighting.addresses), "registry")
     for text in settings.bootstrap_peers:
@@ -52,7 +52,7 @@ def register(settings: Settings, peer_id: str, port: int, ip: str) -> str:
         raise ValueError(f"{ip!r} is not an address at which others reach a node")
     address = multiaddr(ip, port)
     keyring = Keyring.of(settings, settings.shared_secret.encode())
-    registry = Registry(settings.peer_registry or settings.dir / "peers", keyring, settings.peer_ttl)
+    registry = Registry(settings.registry, keyring, settings.peer_ttl)
     private_directory(settings.dir)  # where the registry is by default
     registry.announce(named, [address])
     return f"{address}/p2p/{peer_id}"

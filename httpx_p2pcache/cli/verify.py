@@ -86,7 +86,7 @@ def _checks() -> Iterator[Check]:
     for text in settings.bootstrap_peers:
         if not is_peer(text):
             yield Check("bootstrap", False, f"{text!r} in CACHE_BOOTSTRAP_PEERS is not a peer's multiaddr")
-    yield _directory("registry", settings.peer_registry or settings.dir / "peers", "CACHE_PEER_REGISTRY")
+    yield _directory("registry", settings.registry, "CACHE_PEER_REGISTRY")
     status = life.Remote(settings.dir).get("/status")
     if status is not None:
         yield _daemon(settings, status)

@@ -33,7 +33,7 @@ import msgspec
 from msgspec import Meta
 
 from httpx_p2pcache.claims import Verdict
-from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.exceptions import UNDECODABLE, Rejected
 from httpx_p2pcache.multiaddrs import MAX_ADDRESSES
 from httpx_p2pcache.network import ClaimKey, Key, Question
 from httpx_p2pcache.quota import Quota
@@ -300,7 +300,7 @@ async def admit(
 def _decoded(decoder: msgspec.msgpack.Decoder[_Decoded], body: bytes) -> _Decoded:
     try:
         return decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+    except UNDECODABLE as exc:
         raise Rejected("a frame that is none of this protocol's") from exc
 
 

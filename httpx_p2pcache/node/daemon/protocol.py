@@ -26,7 +26,7 @@ from msgspec import Meta
 
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Entry
-from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.exceptions import UNDECODABLE, Rejected
 from httpx_p2pcache.network import ClaimKey, Key, Question
 from httpx_p2pcache.node.protocol import Frame
 from httpx_p2pcache.quota import Quota
@@ -110,7 +110,7 @@ def from_process(body: bytes) -> FromProcess:
     """A frame that the daemon has read. Raises :class:`Rejected`."""
     try:
         frame: FromProcess = _FROM_PROCESS.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+    except UNDECODABLE as exc:
         raise Rejected("a frame that no process of ours sends") from exc
     return frame
 
@@ -119,6 +119,6 @@ def from_daemon(body: bytes) -> FromDaemon:
     """A frame that a process has read. Raises :class:`Rejected`."""
     try:
         frame: FromDaemon = _FROM_DAEMON.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+    except UNDECODABLE as exc:
         raise Rejected("a frame that no daemon of ours sends") from exc
     return frame

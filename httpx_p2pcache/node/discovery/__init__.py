@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from httpx_p2pcache.entries import Keyring
-from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.exceptions import UNDECODABLE, Rejected
 from httpx_p2pcache.multiaddrs import MAX_ADDRESSES, is_loopback
 from httpx_p2pcache.node.protocol import Address, PeerBytes
 
@@ -95,7 +95,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
         """Raises :class:`Rejected` for what the fleet has not sealed for this ``place``."""
         try:
             return _RECORD.decode(keyring.open(sealed, place))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        except UNDECODABLE as exc:
             raise Rejected("it is not a record of addresses") from exc
 
     def sighting(self, host: str, how: str) -> Sighting:

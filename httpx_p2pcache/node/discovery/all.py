@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def discoveries(fleet: Fleet) -> list[Discovery]:
     """Side by side; each may fail alone."""
     settings, keyring = fleet.settings, fleet.keyring
-    directory = settings.peer_registry or settings.dir / "peers"
+    directory = settings.registry
     artifacts = Artifacts.of(settings, keyring, os.environ)
     return [
         *([InThread(StaticPeers(settings.bootstrap_peers), fleet.in_thread)] if settings.bootstrap_peers else []),

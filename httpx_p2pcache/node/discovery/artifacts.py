@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import msgspec
 
 from httpx_p2pcache.entries import Keyring
-from httpx_p2pcache.exceptions import Rejected
+from httpx_p2pcache.exceptions import UNDECODABLE, Rejected
 from httpx_p2pcache.multiaddrs import is_loopback
 from httpx_p2pcache.node.discovery import Record, Sighting
 from httpx_p2pcache.settings import Settings
@@ -101,7 +101,7 @@ class Artifacts:
         self._etag = response.headers.get("etag", "")
         try:
             names = [one.name for one in _LISTED.decode(response.content).artifacts if not one.expired]
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except UNDECODABLE:
             raise OSError("GitHub's list of artifacts is not one") from None
         self._found = [found for name in names if (found := self._read(name)) is not None]
         return self._found
