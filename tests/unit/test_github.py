@@ -73,16 +73,16 @@ def test_the_stand_in_origin_follows_the_same_rule(body: bytes, accept: str, tok
 
 
 def test_a_coded_body_is_decoded_before_it_is_hashed() -> None:
-    assert decoded(entry(gzip.compress(b"[1]"), content_encoding="gzip")) == b"[1]"
+    assert decoded(entry(gzip.compress(b"[1]", mtime=0), content_encoding="gzip")) == b"[1]"
 
 
 @pytest.mark.parametrize(
     ("body", "coding"),
     [
         (b"not gzip", "gzip"),
-        (gzip.compress(b"cut short")[:-3], "gzip"),
+        (gzip.compress(b"cut short", mtime=0)[:-3], "gzip"),
         (b"\x00", "br"),
-        (gzip.compress(bytes(80 * 1024**2), 9), "gzip"),
+        (gzip.compress(bytes(80 * 1024**2), 9, mtime=0), "gzip"),
     ],
     ids=["no gzip", "cut short", "unknown coding", "bomb"],
 )
