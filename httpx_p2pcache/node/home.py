@@ -69,7 +69,7 @@ MAX_WRITES = 1000  # remembered, so that none goes in circles
 MAX_HINTS = 20_000  # cache keys of which we know who holds them
 
 
-class Asker(NamedTuple):
+class Applicant(NamedTuple):
     """Who waits at a home: a member's call, or this node's own request."""
 
     peer_id: ID
@@ -88,7 +88,7 @@ class Home:
         self._fleet = fleet
         self._shelf = fleet.shelf
         self._life = CLAIM_LIFE * fleet.settings.claim_timeout
-        self._claims: ClaimTable[Asker] = ClaimTable(self._life)
+        self._claims: ClaimTable[Applicant] = ClaimTable(self._life)
         self.hints: OrderedDict[bytes, ID] = OrderedDict()  # of cache keys: a member that has said that it holds them
         self._writes: OrderedDict[int, None] = OrderedDict()  # of which we have heard
         self._answering = 0
@@ -206,7 +206,7 @@ class Home:
         lost = None if holder is None or holder.peer_id != link.peer_id else holder.link
         if lost is not None and lost.closed.is_set():
             self.parted(lost)  # it asks again, so it has not heard that it may fetch
-        answer = self._claims.ask(question.claim, Asker(link.peer_id, call, tell, link), trio.current_time())
+        answer = self._claims.ask(question.claim, Applicant(link.peer_id, call, tell, link), trio.current_time())
         if isinstance(answer, Pending):
             self._fleet.demanded()
             return Wait(call)
@@ -297,7 +297,7 @@ class Home:
 
     def claim_here(self, claim: bytes, number: int, tell: Callable[[Tidings], None]) -> ClaimGranted | Pending | Go:
         """This node's own request for a claim; ``tell`` is called once with what a :class:`Pending` comes to."""
-        return self._claims.ask(claim, Asker(self._fleet.host.id, number, tell), self._fleet.now())
+        return self._claims.ask(claim, Applicant(self._fleet.host.id, number, tell), self._fleet.now())
 
     def ended(self, claim: bytes, id_: int | None, verdict: Verdict) -> None:
         """A claim was released, or what it was for was published: then whichever there is."""
@@ -338,9 +338,9 @@ class Home:
         for claim, id_, left in fetching:
             holder, ends = self._claims.holder(claim), trio.current_time() + min(left, self._life)
             if holder is None or holder.peer_id == peer_id:
-                self._claims.adopt(claim, Asker(peer_id, 0, _nobody), ends, id_)
+                self._claims.adopt(claim, Applicant(peer_id, 0, _nobody), ends, id_)
 
-    def _tell(self, told: Told[Asker]) -> None:
+    def _tell(self, told: Told[Applicant]) -> None:
         for _, asker, tidings in told:
             asker.tell(tidings)
 
