@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
 from functools import lru_cache
+from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import anyio
@@ -33,6 +34,10 @@ class CachingTransport:
     _library: ClassVar[Any]
 
     def __init__(self, next_transport: Any = None, *, settings: Settings | None = None) -> None:
+        if isinstance(next_transport, Settings):
+            raise ConfigurationError("the settings are given by name: P2PCacheTransport(settings=...)")
+        if not isinstance(settings, (Settings, NoneType)):
+            raise ConfigurationError(f"settings has to be a Settings, not {type(settings).__name__}")
         self.settings = Settings.from_env() if settings is None else settings
         self.next_transport = next_transport
         self._usage = Usage(self.settings)

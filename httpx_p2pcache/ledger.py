@@ -7,11 +7,14 @@ killed takes at most its last second with it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sqlite3
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +78,15 @@ class Ledger:
             if not rows:
                 return
             try:
-                connection = self._open()
-                try:
-                    with connection:
-                        connection.execute("BEGIN IMMEDIATE")
-                        if not self._written:
-                            connection.execute("DELETE FROM counts WHERE minute < ?", (minute - KEPT_MINUTES,))
-                        connection.executemany(
-                            "INSERT INTO counts VALUES (?, ?, ?, ?)"
-                            " ON CONFLICT (minute, endpoint, name) DO UPDATE SET amount = amount + excluded.amount",
-                            rows,
-                        )
-                finally:
-                    connection.close()
+                with self._opened() as connection, connection:
+                    connection.execute("BEGIN IMMEDIATE")
+                    if not self._written:
+                        connection.execute("DELETE FROM counts WHERE minute < ?", (minute - KEPT_MINUTES,))
+                    connection.executemany(
+                        "INSERT INTO counts VALUES (?, ?, ?, ?)"
+                        " ON CONFLICT (minute, endpoint, name) DO UPDATE SET amount = amount + excluded.amount",
+                        rows,
+                    )
             except (OSError, sqlite3.Error) as exc:
                 logger.debug("counts could not be written down: %r", exc)
             else:
@@ -123,37 +122,38 @@ class Ledger:
     def clear(self) -> None:
         """Begin to count anew. Raises OSError if that is not possible."""
         try:
-            connection = self._open()
-            try:
+            with self._opened() as connection:
                 connection.execute("DELETE FROM counts")
-            finally:
-                connection.close()
         except sqlite3.Error as exc:
             raise OSError(f"{self._path.name}: {exc}") from exc
 
     def _select(self, sql: str, parameters: tuple[object, ...]) -> list[tuple[Any, ...]]:
         try:
-            connection = self._open()
-            try:
+            with self._opened() as connection:
                 return connection.execute(sql, parameters).fetchall()
-            finally:
-                connection.close()
         except (OSError, sqlite3.Error) as exc:
             logger.debug("counts could not be read: %r", exc)
             return []
 
-    def _open(self) -> sqlite3.Connection:
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[sqlite3.Connection]:
         # Opened for each use: it is written once a second at the most, and nothing is open across a fork.
-        new = not self._path.exists()
-        connection = sqlite3.connect(private_file(self._path), isolation_level=None, timeout=BUSY_SECONDS)
-        try:
-            if new or connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
-                connection.executescript(f"PRAGMA journal_mode=WAL; BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
-                connection.execute(
-                    "INSERT INTO runner SELECT ? WHERE NOT EXISTS (SELECT 1 FROM runner)", (uuid.uuid4().hex,)
-                )
-            connection.execute("PRAGMA synchronous=OFF")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        with _in_use:
+            new = not self._path.exists()
+            connection = sqlite3.connect(private_file(self._path), isolation_level=None, timeout=BUSY_SECONDS)
+            try:
+                if new or connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+                    connection.executescript(f"PRAGMA journal_mode=WAL; BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
+                    connection.execute(
+                        "INSERT INTO runner SELECT ? WHERE NOT EXISTS (SELECT 1 FROM runner)", (uuid.uuid4().hex,)
+                    )
+                connection.execute("PRAGMA synchronous=OFF")
+                yield connection
+            finally:
+                connection.close()
+
+
+# A child that is forked while another thread is inside SQLite inherits a mutex that nobody will release.
+_in_use = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_in_use.acquire, after_in_parent=_in_use.release, after_in_child=_in_use.release)

@@ -11,7 +11,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from httpx_p2pcache.imports import import_trio
+from httpx_p2pcache.imports import import_trio, importing
 
 
 class Origins:
@@ -63,9 +63,10 @@ class Origins:
     def _load(self) -> None:
         try:
             # It would be imported with the first transport, in the middle of a first request; and trio with it.
-            with contextlib.suppress(ImportError):
-                import_trio()
-            import_module(self._library.__name__.replace("httpx", "httpcore"))
+            with importing():
+                with contextlib.suppress(ImportError):
+                    import_trio()
+                import_module(self._library.__name__.replace("httpx", "httpcore"))
 
             self._context.set_result(self._library.create_ssl_context())
         except Exception as exc:  # a bad SSL_CERT_FILE: raised at the first request, as httpx would

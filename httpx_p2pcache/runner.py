@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from httpx_p2pcache.exchange import Exchange
 from httpx_p2pcache.files import local_secret
 from httpx_p2pcache.github import GitHub
 from httpx_p2pcache.ledger import Ledger
-from httpx_p2pcache.network import PeerNetwork, nobody
+from httpx_p2pcache.network import NoPeers, PeerNetwork, nobody
 from httpx_p2pcache.pump import wait_for
 from httpx_p2pcache.quota import QuotaBoard
 from httpx_p2pcache.settings import ADVICE, SECRETS, Settings, can_be_guessed, variable
@@ -79,6 +80,7 @@ class Usage:
 
 def acquire(settings: Settings) -> Exchange:
     """The runner for ``settings``, started if this is its first user; to be given back with :func:`release`."""
+    _end_with_multiprocessing()
     with _lock:
         exchange, users = _running.get(settings) or (_start(settings), 0)
         _running[settings] = exchange, users + 1
@@ -151,7 +153,7 @@ def _start(settings: Settings) -> Exchange:
 
 def _network(settings: Settings, store: Store, keyring: Keyring, stats: Stats, quotas: QuotaBoard) -> PeerNetwork:
     if not settings.enable_p2p or settings.node == "none":
-        return nobody("set CACHE_ENABLE_P2P=true (and not CACHE_NODE=none) to share")
+        return NoPeers("set CACHE_ENABLE_P2P=true (and not CACHE_NODE=none) to share")  # as was asked for
     if not settings.shared_secret:
         return nobody("there is no secret; set CACHE_SHARED_SECRET (or GITHUB_TOKEN)")
     for name in SECRETS:
@@ -185,8 +187,21 @@ def _after_fork() -> None:
     _lock = threading.Lock()
     for exchange, _ in _running.values():
         exchange.after_fork()
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:  # which forgets, once it begins in its child, what was to be done at the parent's end
+        util.register_after_fork(_finished, _end_with_multiprocessing)
 
 
+def _end_with_multiprocessing(*_: object) -> None:
+    """A child that multiprocessing has forked ends without ``atexit``, but not without finalizers of its own."""
+    global _ends_in
+    util, process = (sys.modules.get(f"multiprocessing.{name}") for name in ("util", "process"))
+    if util is not None and process is not None and process.parent_process() is not None and _ends_in != os.getpid():
+        _ends_in = os.getpid()
+        util.Finalize(None, _finish_all, exitpriority=0)
+
+
+_ends_in = 0  # the process for whose end that has been done
 atexit.register(_finish_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

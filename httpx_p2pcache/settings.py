@@ -213,7 +213,7 @@ def _as_path(_: type, value: Any) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise ValueError("not a path")
     try:
-        return Path(value).expanduser()
+        return Path(value).expanduser().absolute()  # wherever the process goes
     except RuntimeError:  # nobody of that name
         raise ValueError("not a path") from None
 

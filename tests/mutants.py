@@ -31,6 +31,32 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "node/embedded.py",
+        "            asked.cancel()\n",
+        "",
+        "integration/test_fleet.py::test_what_is_granted_to_who_was_interrupted_while_asking_goes_back",
+    ),
+    Mutant(
+        "node/home.py",
+        "if self._published_so_far == so_far:",
+        "if True:",
+        "integration/test_fleet.py::test_what_is_published_while_the_home_looks_for_it_is_given_and_not_granted",
+    ),
+    Mutant(
+        "runner.py",
+        "        util.Finalize(None, _finish_all, exitpriority=0)\n",
+        "",
+        "integration/test_processes.py::"
+        "test_what_a_child_of_multiprocessing_has_paid_for_and_counted_is_there_once_it_has_ended",
+    ),
+    Mutant(
+        "imports.py",
+        "        if one.acquire(timeout=IMPORT_SECONDS):",
+        "        if False:",
+        "integration/test_processes.py::"
+        "test_what_a_child_of_multiprocessing_has_paid_for_and_counted_is_there_once_it_has_ended[inherited]",
+    ),
+    Mutant(
         "node/questions.py",
         "min(fleet.settings.lookup_timeout / 2, fleet.settings.claim_timeout)",
         "fleet.settings.lookup_timeout / 2",

@@ -21,4 +21,12 @@ def main() -> None:
             raise
         print("p2pcache: the command needs the extra cli: pip install 'httpx-p2pcache[cli]'", file=sys.stderr)
         sys.exit(2)
-    app()
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except OSError as exc:  # there is no room left where it is written to
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the end
+        print(f"p2pcache: the result could not be written: {exc.strerror}", file=sys.stderr)
+        sys.exit(2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
@@ -64,11 +63,8 @@ def get(
     fields = _fields(url, header or [], settings, fresh)
     if not node_socket(settings.dir).exists():  # a node of our own would start for longer than the call takes
         settings = msgspec.structs.replace(settings, enable_p2p=False)
-    logger = logging.getLogger("httpx_p2pcache")
-    logger.addFilter(_not_of_sharing)  # that it is off is our own doing
-    transport = P2PCacheTransport(settings=settings)
-    logger.removeFilter(_not_of_sharing)
     try:
+        transport = P2PCacheTransport(settings=settings)
         with httpx.Client(transport=transport, headers=fields, timeout=timeout, follow_redirects=True) as client:
             failed = _print(client, url, include, paginate)
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
@@ -78,10 +74,6 @@ def get(
     except OSError as exc:
         fail(f"the answer could not be written: {exc}", 2)
     raise typer.Exit(1 if failed else 0)
-
-
-def _not_of_sharing(record: logging.LogRecord) -> bool:
-    return "sharing" not in record.getMessage()
 
 
 def _fields(url: str, header: list[str], settings: Settings, fresh: bool) -> list[tuple[str, str]]:

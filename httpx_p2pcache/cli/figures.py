@@ -46,6 +46,9 @@ def stats(
             return report(ledger, 0.0 if since is None else _began(since))
         status = life.Remote(settings.dir).get("/status")
         if status is None:
+            if as_json:
+                print_json({"running": False})
+                raise typer.Exit(1)
             fail(f"no daemon runs in {settings.dir}, and only it knows the fleet: p2pcache init starts one")
         return {"total": status["aggregate"], "endpoints": [], "minutes": []}
 

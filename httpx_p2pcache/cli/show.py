@@ -34,7 +34,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str =
             shown.add_column(column, justify="right" if numbers and number else "left", overflow="fold")
         for row in cells:
             shown.add_row(*(cell if _BOLD.fullmatch(cell) else escape(cell) for cell in row))
-        Console().print(shown)
+        console = Console()
+        if console.measure(shown).maximum <= console.width or len(columns) < 3:
+            console.print(shown)
+        else:  # a line for each cell can be read, where each column would have three letters
+            for row in cells:
+                facts((column, _BOLD.sub(r"\2", cell)) for column, cell in zip(columns, row, strict=True))
+                print()
         return
     plain = [[_BOLD.sub(r"\2", cell) for cell in row] for row in [list(columns), *cells]]
     widths = [max(map(len, column)) for column in zip(*plain, strict=True)]

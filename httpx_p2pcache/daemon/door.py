@@ -104,13 +104,12 @@ class Door:
         async with anyio.create_task_group() as tasks:
             watch = anyio.CancelScope()
             tasks.start_soon(self._let_go, body, watch, tasks.cancel_scope)
-            await self._pass(
-                _request(scope, body, f"{self._schemes[host]}://{host}", path), way_back, send, watch.cancel
-            )
+            request = _request(scope, body, f"{self._schemes[host]}://{host}", path)
+            await self._pass(request, way_back, send, watch.cancel, whole=scope["http_version"] == "1.0")
         return None
 
     async def _pass(
-        self, request: httpx.Request, way_back: _WayBack | None, send: Send, done: Callable[[], None]
+        self, request: httpx.Request, way_back: _WayBack | None, send: Send, done: Callable[[], None], *, whole: bool
     ) -> None:
         """``done`` is called when all but the end of the answer has been sent."""
         host = request.url.netloc.decode("ascii")
@@ -122,7 +121,7 @@ class Door:
         except httpx.HTTPError as exc:
             done()
             return await _say(send, 502, f"{host} cannot be reached ({type(exc).__name__}: {exc})")
-        return await _pass_on(response, request.method, way_back, send, done)
+        return await _pass_on(response, request.method, way_back, send, done, whole=whole)
 
     @staticmethod
     async def _let_go(body: _Body, watch: anyio.CancelScope, all_of_it: anyio.CancelScope) -> None:
@@ -184,9 +183,26 @@ def _dropped(fields: list[tuple[bytes, bytes]]) -> set[bytes]:
     return named | _OF_THE_CONNECTION
 
 
+class _Whole(NamedTuple):
+    """A body that has been read."""
+
+    chunks: list[bytes]
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for chunk in self.chunks:
+            yield chunk
+
+
 async def _pass_on(
-    response: httpx.Response, method: str, way_back: _WayBack | None, send: Send, done: Callable[[], None]
+    response: httpx.Response,
+    method: str,
+    way_back: _WayBack | None,
+    send: Send,
+    done: Callable[[], None],
+    *,
+    whole: bool,
 ) -> None:
+    """``whole``: to a client of HTTP/1.0, which cannot tell a body that breaks off from one that ends."""
     fields = [(name.lower(), value) for name, value in response.headers.raw]
     dropped = _dropped(fields)
     fields = [(name, value) for name, value in fields if name not in dropped]
@@ -195,13 +211,24 @@ async def _pass_on(
             (name, way_back.field(name, value) if name in (b"link", b"location") else value) for name, value in fields
         ]
     stream: Any = response.stream
+    started = False
     try:
+        has_body = method != "HEAD" and response.status_code not in (204, 304)
+        if has_body and whole and not any(name == b"content-length" for name, _ in fields):
+            stream = _Whole([chunk async for chunk in stream])
+            fields.append((b"content-length", b"%d" % sum(map(len, stream.chunks))))
+        started = True
         await send({"type": "http.response.start", "status": response.status_code, "headers": fields})
-        if method != "HEAD" and response.status_code not in (204, 304):
+        if has_body:
             async for chunk in stream:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         done()
         await send({"type": "http.response.body", "body": b""})
+    except httpx.HTTPError as exc:  # without its last part the server ends the connection, by which the client knows
+        logger.debug("an answer broke off: %s", type(exc).__name__)
+        if not started:
+            done()
+            await _say(send, 502, f"the answer broke off ({type(exc).__name__})")
     finally:
         done()
         with anyio.CancelScope(shield=True), anyio.move_on_after(1):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.entries import Entry, Keyring
-from httpx_p2pcache.imports import import_trio
+from httpx_p2pcache.imports import IMPORT_SECONDS, import_trio, importing
 from httpx_p2pcache.network import Asked, FleetClaim, NoPeers, PeerNetwork, Question, Unclaimed, done, nobody, settle
 from httpx_p2pcache.quota import Quota, QuotaBoard
 from httpx_p2pcache.settings import Settings
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("httpx_p2pcache")
 
 CLOSE_SECONDS = 1.9  # what close() may take
-IMPORT_SECONDS = 15.0  # what a process that ends at once may have to wait for; two, if the machine is not busy
 
 
 class EmbeddedNode:
@@ -61,6 +60,7 @@ class EmbeddedNode:
         self._lock = threading.Lock()
         self._open: set[Future[Any]] = set()
         self._joined: Future[None] = Future()
+        self._is_joined = False  # for who asks often: a Future has a lock
         # A daemon, lest an interpreter that nobody closes us in should wait for it; atexit stops it in order.
         self._thread = threading.Thread(target=self._run, name="p2pcache-node", daemon=True)
         self._thread.start()
@@ -68,7 +68,7 @@ class EmbeddedNode:
     @property
     def active(self) -> bool:
         # Also while we are alone: who joins in the next moment is told what we are fetching.
-        return self._joined.done() and self._token is not None
+        return self._is_joined and self._token is not None
 
     @property
     def in_demand(self) -> bool:
@@ -92,8 +92,12 @@ class EmbeddedNode:
         def begin(fleet: Fleet) -> None:
             fleet.questions.ask(question, asked)
 
-        if not self._asked_here(question, asked) and not self._soon(begin):
-            settle(asked, Unclaimed())
+        try:
+            if not self._asked_here(question, asked) and not self._soon(begin):
+                settle(asked, Unclaimed())
+        except BaseException:  # a signal's handler has raised: what is granted to this goes back
+            asked.cancel()
+            raise
         return asked
 
     def _asked_here(self, question: Question, asked: Asked) -> bool:
@@ -193,13 +197,14 @@ class EmbeddedNode:
 
     def _run(self) -> None:
         try:
-            import cryptography.hazmat.primitives.ciphers.aead  # noqa: F401 - not in the middle of a first answer
+            with importing():
+                import cryptography.hazmat.primitives.ciphers.aead  # noqa: F401 - not in the middle of a first answer
 
-            import_trio()  # here begins what takes a second
-            import trio
+                import_trio()  # here begins what takes a second
+                import trio
 
-            from httpx_p2pcache.node.fleet import Fleet
-            from httpx_p2pcache.node.turn import Turn
+                from httpx_p2pcache.node.fleet import Fleet
+                from httpx_p2pcache.node.turn import Turn
 
             self._turn = Turn()
             if not self._closing:
@@ -235,6 +240,7 @@ class EmbeddedNode:
 
         async def say_joined() -> None:
             await fleet.joined.wait()
+            self._is_joined = True
             settle(self._joined, None)
 
         async with trio.open_nursery() as nursery:

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("httpx_p2pcache")
 
 BUSY = 4  # questions under way beyond which the next is told to wait before it is looked at
+LOOKS = 4  # for an entry, where others are published meanwhile
 MAX_WRITES = 1000  # remembered, so that none goes in circles
 MAX_HINTS = 20_000  # cache keys of which we know who holds them
 
@@ -92,6 +93,7 @@ class Home:
         self.hints: OrderedDict[bytes, ID] = OrderedDict()  # of cache keys: a member that has said that it holds them
         self._writes: OrderedDict[int, None] = OrderedDict()  # of which we have heard
         self._answering = 0
+        self._published_so_far = 0
 
     # What concerns everybody
 
@@ -182,7 +184,11 @@ class Home:
                 await link.send(Wait(call))
             if not message.forwarded and not self._fleet.is_settled():
                 await self._fleet.settled(self._fleet.settings.lookup_timeout / 4)
-            stored = await (self._shelf.select(question) if message.forwarded else self.find(question))
+            for _ in range(LOOKS):  # what is published while we look ends the claim, and nobody else's would wait
+                so_far = self._published_so_far
+                stored = await (self._shelf.select(question) if message.forwarded else self.find(question))
+                if self._published_so_far == so_far:
+                    break
             answer = self._answer(link, message, stored)
             if not (told_to_wait and isinstance(answer, Wait)):
                 await self._send(link, answer)
@@ -264,6 +270,7 @@ class Home:
             return
         # What is not believed here will not be believed a second time: who waits goes on.
         verdict = Verdict.UNSTORABLE if stored is None else Verdict.PUBLISHED
+        self._published_so_far += 1
         told = self._claims.release(message.claim, None, verdict, trio.current_time())
         self._tell(told)
         served = [] if stored is None else [asker.peer_id.to_bytes() for _, asker, _ in told]
@@ -301,6 +308,7 @@ class Home:
 
     def ended(self, claim: bytes, id_: int | None, verdict: Verdict) -> None:
         """A claim was released, or what it was for was published: then whichever there is."""
+        self._published_so_far += verdict is Verdict.PUBLISHED
         self._tell(self._claims.release(claim, id_, verdict, trio.current_time()))
 
     def lost(self, peer_id: ID) -> None:

@@ -75,45 +75,49 @@ class Questions:
     def ask(self, asked: network.Question, future: Asked) -> None:
         """Answer ``future`` as :class:`network.PeerNetwork` promises."""
         question = _Question(self, asked, future)
-        if not self._put_at_once(question, self._fleet.shelf.at_hand):
+        try:
+            put = self._put_at_once(question, self._fleet.shelf.at_hand)
+        except Exception:  # the task meets the same, and says so
+            self._drop(question)
+            put = False
+        if not put:
             self._spawn(self._put, question)
 
     def asked_in_turn(self, asked: network.Question, future: Asked) -> bool:
         """Whether :meth:`ask` could be done by a thread that is lent the loop's :class:`~.turn.Turn`.
 
-        It wakes nobody: that is so while the loop will look by itself before time is up. And it touches no disk: who
-        asks may be a loop himself.
+        It wakes nobody: that is so while the loop will look by itself before time is up. It touches no disk: who asks
+        may be a loop himself. And it claims nothing: what a signal's handler raises passes through at any moment.
         """
         in_time = self._alarm.deadline <= self._fleet.now() + self._look_every
-        return in_time and self._put_at_once(_Question(self, asked, future), self._fleet.store.peek)
+        return in_time and self._put_at_once(_Question(self, asked, future), self._fleet.store.peek, lent=True)
 
     # A question is put
 
-    def _put_at_once(self, question: _Question, look: Callable[[bytes], list[Stored] | None]) -> bool:
+    def _put_at_once(
+        self, question: _Question, look: Callable[[bytes], list[Stored] | None], *, lent: bool = False
+    ) -> bool:
         """Whether a question could be put where it belongs, or answered, without waiting for anybody.
 
-        ``look`` says what is held of a key, or None where it cannot.
+        ``look`` says what is held of a key, or None where it cannot; ``lent``: it may only be sent to another member.
         """
         fleet, asked = self._fleet, question.asked
-        try:
-            if not fleet.is_settled():
-                return False
-            home = fleet.homes.now(asked.key, local=asked.local)
-            if home != fleet.host.id:
-                member = fleet.members.get(home)
-                return member is not None and member.usable() and self._sent_at_once(question, member)
-            held = look(asked.key)
-            if held is None:
-                return False
-            stored = chosen(held, asked)
-            holder = None if helps(stored, asked) else fleet.home.holder_of(asked.key)
-            if holder is not None:
-                return self._sent_at_once(question, holder, forwarded=True)
-            self._ask_here(question, stored, brought=False)
-        except Exception:  # the task meets the same, and says so
-            self._drop(question)
+        if not fleet.is_settled():
             return False
-        return True
+        home = fleet.homes.now(asked.key, local=asked.local)
+        if home != fleet.host.id:
+            member = fleet.members.get(home)
+            return member is not None and member.usable() and self._sent_at_once(question, member)
+        held = look(asked.key)
+        if held is None:
+            return False
+        stored = chosen(held, asked)
+        holder = None if helps(stored, asked) else fleet.home.holder_of(asked.key)
+        if holder is not None:
+            return holder.usable() and self._sent_at_once(question, holder, forwarded=True)
+        if not lent:
+            self._ask_here(question, stored, brought=False)
+        return not lent
 
     def _sent_at_once(self, question: _Question, member: Member, *, forwarded: bool = False) -> bool:
         link = self._expect(question, member, forwarded=forwarded)

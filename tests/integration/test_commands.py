@@ -96,6 +96,17 @@ def test_what_needs_the_daemon_says_so(runner: Runner) -> None:
         assert "p2pcache init starts one" in done.stderr
     assert json.loads(runner.run("status", "--json").stdout) == {"running": False}
     assert json.loads(runner.run("peers", "--json").stdout) == []
+    assert json.loads(runner.run("stats", "--fleet", "--json").stdout) == {"running": False}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("arguments", [["stats"], ["status", "--json"], ["--help"]])
+def test_a_result_that_cannot_be_written_is_said_in_one_line(runner: Runner, arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "httpx_p2pcache", *arguments]
+        done = subprocess.run(command, env=runner.environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["p2pcache: the result could not be written: No space left on device"]
     assert runner.run("discover").returncode == 1
 
 

@@ -797,6 +797,23 @@ def test_orders_are_posts_and_other_paths_are_not_there(door: Path) -> None:
     assert control(door, "/status", "DELETE").status_code == 405
 
 
+def test_an_answer_that_breaks_off_breaks_off_at_the_door_and_fills_no_log(
+    door: Path, client: httpx.Client, runner: Runner, wire: Wire
+) -> None:
+    wire.answers[b"/breaks-off"] = (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n3\r\nabc\r\n5\r\nde"
+    )
+    with pytest.raises(httpx.RemoteProtocolError):
+        client.get(f"http://{wire.netloc}/breaks-off")
+    old = sent_raw(door, f"GET /breaks-off HTTP/1.0\r\nHost: {wire.netloc}\r\n\r\n".encode())
+    assert old.split(b"\r\n")[0].split()[1] == b"502"  # there the end of the connection would be the body's
+    wire.answers[b"/whole"] = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+    old = sent_raw(door, f"GET /whole HTTP/1.0\r\nHost: {wire.netloc}\r\n\r\n".encode())
+    assert b"\r\ncontent-length: 3\r\n" in old
+    assert old.endswith(b"\r\n\r\nabc")
+    assert "Traceback" not in (runner.directory / "daemon.log").read_text()
+
+
 def test_no_body_query_or_token_is_told_however_a_request_ends(
     door: Path, client: httpx.Client, runner: Runner, wire: Wire, base_url: str
 ) -> None:

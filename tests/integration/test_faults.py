@@ -534,9 +534,6 @@ if os.environ.get("CACHE_ENABLE_P2P") == "true":
 """
 
 
-ALONE = "sharing with other runners is off: set CACHE_ENABLE_P2P=true (and not CACHE_NODE=none) to share\n"
-
-
 def timed_end(process: subprocess.Popen[str], seconds: float = PATIENT) -> tuple[int, str, str]:
     try:
         said, complaints = process.communicate(timeout=seconds)
@@ -544,7 +541,7 @@ def timed_end(process: subprocess.Popen[str], seconds: float = PATIENT) -> tuple
         process.kill()
         process.communicate()
         pytest.fail(f"it has not ended after {seconds} s")
-    return process.returncode, said, complaints.replace(ALONE, "")
+    return process.returncode, said, complaints
 
 
 with_and_without_a_node = pytest.mark.parametrize("peers", [{}, pytest.param(PEERS, marks=pytest.mark.p2p)])

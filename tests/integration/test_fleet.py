@@ -25,7 +25,9 @@ import pytest
 from waiting import eventually
 
 from httpx_p2pcache import P2PCacheTransport, Settings
+from httpx_p2pcache import network as network_module
 from httpx_p2pcache import store as store_module
+from httpx_p2pcache.claims import Verdict
 from httpx_p2pcache.machine import proof_of_place
 from httpx_p2pcache.testing import Origin, Resource, made_up
 
@@ -314,8 +316,8 @@ def test_a_node_is_not_woken_to_ask_for_those_who_ask_one_thing_after_another(
     askers: list[str] = []
     put = Questions._put_at_once
 
-    def noted(self: Questions, question: Any, look: Any) -> bool:
-        done = put(self, question, look)
+    def noted(self: Questions, question: Any, look: Any, *, lent: bool = False) -> bool:
+        done = put(self, question, look, lent=lent)
         if done:
             askers.append(threading.current_thread().name)
         return done
@@ -394,6 +396,63 @@ def test_who_asks_touches_no_disk_in_a_thread_that_may_be_a_loops(
         question = Question(key=key, claim=key[:16], method="GET", identity="", selecting={})
         assert isinstance(network.ask(question).result(PROMPT), FleetClaim)
     assert set(loads) == {"p2pcache-node"}
+
+
+def test_what_is_granted_to_who_was_interrupted_while_asking_goes_back(
+    fleet: Callable[..., list[Runner]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = fleet(2)[0].transport._exchange.network
+    assert isinstance(network, EmbeddedNode)
+    assert network._fleet is not None
+    homes, sent = network._fleet.homes, Questions._sent_at_once
+    theirs = [key for n in range(256) if homes.now(key := bytes([n]) * 32) != network._fleet.host.id]
+    questions = [Question(key=key, claim=key[:16], method="GET", identity="", selecting={}) for key in theirs]
+    assert isinstance(network.ask(questions[0]).result(PROMPT), FleetClaim)  # from now on the node looks by itself
+
+    def interrupted(self: Questions, *arguments: Any, **options: Any) -> bool:
+        sent(self, *arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Questions, "_sent_at_once", interrupted)
+    assert eventually(lambda: _is_raised(network, questions[1]))
+    monkeypatch.undo()
+    assert isinstance(network.ask(questions[1]).result(PROMPT), FleetClaim)
+
+
+def _is_raised(network: EmbeddedNode, question: Question) -> bool:
+    """Whether it was asked in this thread, and that interrupted; else the node's thread has met the same."""
+    with contextlib.suppress(KeyboardInterrupt):
+        fleet, turn = network._fleet, network._turn
+        assert fleet is not None
+        assert turn is not None
+        if turn.lent(lambda: fleet.questions._alarm.deadline <= fleet.now() + fleet.questions._look_every):
+            network.ask(question)
+        return False
+    return True
+
+
+def test_what_is_published_while_the_home_looks_for_it_is_given_and_not_granted(
+    fleet: Callable[..., list[Runner]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asker, other = (runner.transport._exchange.network for runner in fleet(2))
+    assert isinstance(asker, EmbeddedNode)
+    assert isinstance(other, EmbeddedNode)
+    assert other._fleet is not None
+    home, store, find = other._fleet.home, other._fleet.store, other._fleet.home.find
+    entries = (_entry(f"http://127.0.0.1:1/{n}", b"published") for n in range(100))
+    entry, key = next((e, k) for e, k in entries if other._fleet.homes.now(k, local=True) == other._fleet.host.id)
+
+    async def slowly(question: Question) -> Any:
+        found = await find(question)
+        if found is None:
+            store.save(entry)
+            home.ended(question.claim, None, Verdict.PUBLISHED)
+        return found
+
+    monkeypatch.setattr(other._fleet.shelf, "at_hand", lambda _: None)  # as if another thread had the store
+    monkeypatch.setattr(home, "find", slowly)
+    question = Question(key=key, claim=bytes(16), method="GET", identity=entry.identity, selecting={}, local=True)
+    assert isinstance(asker.ask(question).result(PROMPT), network_module.Found)
 
 
 def test_three_runners_that_ask_for_one_cold_url_at_once_cost_one_call(

@@ -289,6 +289,37 @@ def test_a_forked_child_answers_alone_and_the_parents_node_lives_on(
     assert [call.target for call in origin.calls] == TARGETS[:3]
 
 
+FORKS = """
+import multiprocessing, sys
+import httpx
+from httpx_p2pcache import P2PCacheTransport
+def work(url):
+    inherited = client if client is not None else httpx.Client(transport=P2PCacheTransport())
+    inherited.get(url).raise_for_status()  # and is not closed
+client = httpx.Client(transport=P2PCacheTransport()) if sys.argv[1] == "inherited" else None
+for url in sys.argv[2:]:
+    for _ in range(2):
+        child = multiprocessing.get_context("fork").Process(target=work, args=(url,))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+"""
+
+
+@pytest.mark.parametrize("transport", ["own", "inherited"])
+def test_what_a_child_of_multiprocessing_has_paid_for_and_counted_is_there_once_it_has_ended(
+    transport: str, environment: Environment, origin: Origin
+) -> None:
+    alone = environment("parent", CACHE_NODE="embedded")
+    urls = [origin.url + target for target in TARGETS[:3]]
+    subprocess.run([sys.executable, "-c", FORKS, transport, *urls], env=alone, check=True, timeout=120)
+    assert len(origin.calls) == 3
+    said = subprocess.run(
+        [sys.executable, "-m", "httpx_p2pcache", "stats", "--json"], env=alone, capture_output=True, check=True
+    )
+    assert json.loads(said.stdout)["total"]["requests"] == 6
+
+
 def test_a_forked_child_does_not_keep_its_killed_parent_alive_in_the_fleet(start: Callable[..., Runner]) -> None:
     forking, other = start("a"), start("b")
     met(forking, other)

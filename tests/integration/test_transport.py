@@ -1340,12 +1340,11 @@ def _files(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"enable_p2p": False}, "CACHE_ENABLE_P2P"),
         ({"enable_p2p": True}, "CACHE_SHARED_SECRET"),
         ({"shared_secret": "hunter2"}, "CACHE_SHARED_SECRET can be guessed"),
         ({"shared_secret": "9f86d081884c7d65", "previous_secret": "hunter2"}, "CACHE_PREVIOUS_SECRET can be guessed"),
     ],
-    ids=["switched off", "no secret", "a weak secret", "a weak previous secret"],
+    ids=["no secret", "a weak secret", "a weak previous secret"],
 )
 def test_a_local_cache_says_once_what_is_off_and_what_to_set(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], named: str
@@ -1486,3 +1485,17 @@ def test_a_304_to_the_callers_own_condition_counts_as_no_call(local: Settings, o
         assert [client.get(origin.url + target, headers=fields).status_code for _ in range(3)] == [304] * 3
         stats = transport.stats()
     assert (stats["origin_calls"], stats["not_modified"], stats["api_calls_made"]) == (3, 3, 0)
+
+
+def test_settings_that_are_none_are_named(local: Settings) -> None:
+    with pytest.raises(ConfigurationError, match="not dict"):
+        P2PCacheTransport(settings={})  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="settings="):
+        P2PCacheTransport(local)  # type: ignore[arg-type]
+
+
+def test_who_has_turned_sharing_off_is_not_told_to_turn_it_on(
+    local: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    P2PCacheTransport(settings=local).close()
+    assert caplog.records == []

@@ -334,3 +334,10 @@ def test_an_empty_text_in_code_is_what_was_meant() -> None:
     assert Settings.from_env(environment, shared_secret="").shared_secret == ""
     with pytest.raises(SettingsError):
         Settings.from_env(environment, fleet="")
+
+
+def test_a_relative_directory_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.from_env({"CACHE_DIR": "cache", "CACHE_PEER_REGISTRY": "peers"})
+    assert (settings.dir, settings.peer_registry) == (tmp_path / "cache", tmp_path / "peers")
+    assert Settings(dir=Path("cache")).dir == tmp_path / "cache"
