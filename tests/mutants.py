@@ -64,8 +64,8 @@ MUTANTS = [
     ),
     Mutant(
         "node/questions.py",
-        "_Question(self, asked, future), self._fleet.store.peek)",
-        "_Question(self, asked, future), self._fleet.shelf.at_hand)",
+        "_Question(self, asked, future), self._fleet.store.peek,",
+        "_Question(self, asked, future), self._fleet.shelf.at_hand,",
         "integration/test_fleet.py::test_who_asks_touches_no_disk_in_a_thread_that_may_be_a_loops",
     ),
     Mutant(

@@ -105,7 +105,7 @@ class Door:
             watch = anyio.CancelScope()
             tasks.start_soon(self._let_go, body, watch, tasks.cancel_scope)
             request = _request(scope, body, f"{self._schemes[host]}://{host}", path)
-            await self._pass(request, way_back, send, watch.cancel, whole=scope["http_version"] == "1.0")
+            await self._pass(request, way_back, send, watch.cancel, whole=scope.get("http_version") == "1.0")
         return None
 
     async def _pass(
