@@ -124,7 +124,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.encrypt_at_rest and not self.shared_secret:
             raise SettingsError("CACHE_ENCRYPT_AT_REST needs CACHE_SHARED_SECRET: the key is made of it")
         if self.peer_registry is None:
-            msgspec.structs.force_setattr(self, "peer_registry", self.dir / "peers")
+            msgspec.structs.force_setattr(self, "peer_registry", self.registry)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, /, **overrides: Any) -> Settings:

@@ -183,16 +183,6 @@ def _dropped(fields: list[tuple[bytes, bytes]]) -> set[bytes]:
     return named | _OF_THE_CONNECTION
 
 
-class _Whole(NamedTuple):
-    """A body that has been read."""
-
-    chunks: list[bytes]
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for chunk in self.chunks:
-            yield chunk
-
-
 async def _pass_on(
     response: httpx.Response,
     method: str,
@@ -215,8 +205,9 @@ async def _pass_on(
     try:
         has_body = method != "HEAD" and response.status_code not in (204, 304)
         if has_body and whole and not any(name == b"content-length" for name, _ in fields):
-            stream = _Whole([chunk async for chunk in stream])
-            fields.append((b"content-length", b"%d" % sum(map(len, stream.chunks))))
+            body = b"".join([chunk async for chunk in stream])
+            stream = httpx.ByteStream(body)
+            fields.append((b"content-length", b"%d" % len(body)))
         started = True
         await send({"type": "http.response.start", "status": response.status_code, "headers": fields})
         if has_body:

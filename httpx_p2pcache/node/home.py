@@ -270,9 +270,7 @@ class Home:
             return
         # What is not believed here will not be believed a second time: who waits goes on.
         verdict = Verdict.UNSTORABLE if stored is None else Verdict.PUBLISHED
-        self._published_so_far += 1
-        told = self._claims.release(message.claim, None, verdict, trio.current_time())
-        self._tell(told)
+        told = self.ended(message.claim, None, verdict)
         served = [] if stored is None else [asker.peer_id.to_bytes() for _, asker, _ in told]
         known = any(stored is one for one in before)
         await link.send(Published(message.call, served[:1000], True, known))
@@ -306,10 +304,12 @@ class Home:
         """This node's own request for a claim; ``tell`` is called once with what a :class:`Pending` comes to."""
         return self._claims.ask(claim, Applicant(self._fleet.host.id, number, tell), self._fleet.now())
 
-    def ended(self, claim: bytes, id_: int | None, verdict: Verdict) -> None:
-        """A claim was released, or what it was for was published: then whichever there is."""
+    def ended(self, claim: bytes, id_: int | None, verdict: Verdict) -> Told[Applicant]:
+        """A claim was released, or what it was for was published: then whichever there is. Returns who was told."""
         self._published_so_far += verdict is Verdict.PUBLISHED
-        self._tell(self._claims.release(claim, id_, verdict, trio.current_time()))
+        told = self._claims.release(claim, id_, verdict, trio.current_time())
+        self._tell(told)
+        return told
 
     def lost(self, peer_id: ID) -> None:
         """A member is gone: what it was fetching passes to the first who waits."""
