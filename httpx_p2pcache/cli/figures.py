@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import msgspec
 import typer
 
-from httpx_p2pcache.cli.show import Json, amount, facts, fail, print_json, settings_or_exit, table
+from httpx_p2pcache.cli.show import Json, amount, facts, fail, print_json, running, settings_or_exit, table
 from httpx_p2pcache.daemon import life
 from httpx_p2pcache.ledger import Ledger
 from httpx_p2pcache.report import report
@@ -44,12 +44,7 @@ def stats(
     def look() -> dict[str, Any]:
         if not fleet:
             return report(ledger, 0.0 if since is None else _began(since))
-        status = life.Remote(settings.dir).get("/status")
-        if status is None:
-            if as_json:
-                print_json({"running": False})
-                raise typer.Exit(1)
-            fail(f"no daemon runs in {settings.dir}, and only it knows the fleet: p2pcache init starts one")
+        status = running(settings, as_json, ", and only it knows the fleet")
         return {"total": status["aggregate"], "endpoints": [], "minutes": []}
 
     if watch:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from httpx_p2pcache.cli.show import Json, ago, amount, facts, fail, print_json, settings_or_exit, short, table
+from httpx_p2pcache.cli.show import Json, ago, amount, facts, fail, print_json, running, settings_or_exit, short, table
 from httpx_p2pcache.daemon import life
 
 app = typer.Typer()
@@ -90,25 +90,13 @@ def stop(as_json: Json = False) -> None:
         print("the daemon has ended" if stopped else "no daemon was running")
 
 
-def _running(as_json: bool, nothing: object) -> dict[str, Any]:
-    """The daemon's status; without one the command ends with status 1, and ``nothing`` as its JSON."""
-    settings = settings_or_exit()
-    status: dict[str, Any] | None = life.Remote(settings.dir).get("/status")
-    if status is None:
-        if as_json:
-            print_json(nothing)
-            raise typer.Exit(1)
-        fail(f"no daemon runs in {settings.dir}: p2pcache init starts one")
-    return status
-
-
 @app.command()
 def status(
     web: Annotated[bool, typer.Option("--web", help="Open a page to look at, and print where it is.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show this runner's daemon. Exit status 0: it runs; 1: none does."""
-    found = _running(as_json, {"running": False})
+    found = running(settings_or_exit(), as_json)
     if web:
         told, opened = life.Remote(settings_or_exit().dir).post("/open")
         if told != 200:
@@ -125,7 +113,7 @@ def status(
 @app.command()
 def peers(as_json: Json = False) -> None:
     """List the members of the fleet that are connected. Exit status 0: there are some; 1: none, or no daemon."""
-    found = _running(as_json, [])["peers"]
+    found = running(settings_or_exit(), as_json, nothing=[])["peers"]
     if as_json:
         print_json(found)
     elif found:

@@ -6,11 +6,12 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 import typer
 
+from httpx_p2pcache.daemon import life
 from httpx_p2pcache.exceptions import SettingsError
 from httpx_p2pcache.settings import Settings
 
@@ -73,6 +74,18 @@ def fail(text: str, status: int = 1) -> NoReturn:
     """Say what is wrong on standard error, and exit."""
     print(f"p2pcache: {text}", file=sys.stderr)
     raise typer.Exit(status)
+
+
+def running(settings: Settings, as_json: bool, why: str = "", *, nothing: object = None) -> dict[str, Any]:
+    """The daemon's status; without one the command ends with status 1: ``why`` it is needed is said, or as JSON
+    ``nothing``, which is that none runs unless it is given."""
+    status: dict[str, Any] | None = life.Remote(settings.dir).get("/status")
+    if status is None:
+        if as_json:
+            print_json({"running": False} if nothing is None else nothing)
+            raise typer.Exit(1)
+        fail(f"no daemon runs in {settings.dir}{why}: p2pcache init starts one")
+    return status
 
 
 def settings_or_exit() -> Settings:

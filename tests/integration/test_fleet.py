@@ -41,6 +41,7 @@ from httpx_p2pcache.entries import Entry, Keyring, body_digest, cache_key
 from httpx_p2pcache.network import FleetClaim, Question, Unclaimed
 from httpx_p2pcache.node.discovery.registry import Record
 from httpx_p2pcache.node.embedded import EmbeddedNode
+from httpx_p2pcache.node.fleet import Fleet
 from httpx_p2pcache.node.host import Host
 from httpx_p2pcache.node.protocol import (
     Ask,
@@ -132,6 +133,21 @@ def fleet(start: Start) -> Callable[..., list[Runner]]:
         return runners
 
     return begin
+
+
+def node_of(runner: Runner) -> tuple[EmbeddedNode, Fleet]:
+    """What a runner asks its peers by, and the fleet as its node sees it."""
+    network = runner.transport._exchange.network
+    assert isinstance(network, EmbeddedNode)
+    assert network._fleet is not None
+    return network, network._fleet
+
+
+def question_of(fleet: Fleet, number: int = 0, *, ours: bool) -> Question:
+    """A question about one of the keys whose home is that node (``ours``), or another one."""
+    keys = [bytes([n]) * 32 for n in range(256)]
+    key = [key for key in keys if (fleet.homes.now(key) == fleet.host.id) is ours][number]
+    return Question(key=key, claim=key[:16], method="GET", identity="", selecting={})
 
 
 def met(*runners: Runner) -> None:
@@ -338,62 +354,42 @@ def test_who_asks_after_a_while_has_an_answer_also_if_the_home_says_nothing(
     fleet: Callable[..., list[Runner]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asker, silent = fleet(2, lookup_timeout=0.25)
-    network, deaf = asker.transport._exchange.network, silent.transport._exchange.network
-    assert isinstance(network, EmbeddedNode)
-    assert isinstance(deaf, EmbeddedNode)
-    assert network._fleet is not None
-    assert deaf._fleet is not None
-    questions, homes = network._fleet.questions, network._fleet.homes
-    for link in network._fleet.members[deaf._fleet.host.id].links:
+    network, here = node_of(asker)
+    for link in here.members[node_of(silent)[1].host.id].links:
         monkeypatch.setattr(link, "_write_at_once", lambda _: True)  # as if it had been written
-    theirs = (bytes([n]) * 32 for n in range(256) if homes.now(bytes([n]) * 32) == deaf._fleet.host.id)
-    assert eventually(lambda: questions._alarm.deadline == math.inf)
-    question = Question(key=next(theirs), claim=bytes(16), method="GET", identity="", selecting={})
-    assert network.ask(question).result(PROMPT) == Unclaimed()
+    assert eventually(lambda: here.questions._alarm.deadline == math.inf)
+    assert network.ask(question_of(here, ours=False)).result(PROMPT) == Unclaimed()
 
 
 def test_claims_that_end_before_the_home_is_given_up_leave_each_question_its_end(
     fleet: Callable[..., list[Runner]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asker, other = fleet(2, lookup_timeout=2.0, claim_timeout=0.2)
-    network = asker.transport._exchange.network
-    assert isinstance(network, EmbeddedNode)
-    assert network._fleet is not None
-    here, homes = network._fleet, network._fleet.homes
-    keys = [bytes([n]) * 32 for n in range(256)]
-    ours = next(key for key in keys if homes.now(key) == here.host.id)
-    theirs = next(key for key in keys if homes.now(key) != here.host.id)
-    here.store.load(ours)
-    question = Question(key=ours, claim=bytes(16), method="GET", identity="", selecting={})
-    first = msgspec.structs.replace(question, key=theirs, claim=bytes(15) + b"y")
-    assert isinstance(network.ask(first).result(PROMPT), FleetClaim)  # from now on the node looks by itself
+    network, here = node_of(asker)
+    question = question_of(here, ours=True)
+    here.store.load(question.key)
+    assert isinstance(
+        network.ask(question_of(here, ours=False)).result(PROMPT), FleetClaim
+    )  # it looks by itself from now on
     assert isinstance(network.ask(question).result(PROMPT), FleetClaim)
     assert network.ask(question).result(PROMPT) is not None  # once the first claim's life is over
-    for link in here.members[ID.from_base58(other.stat("peer_id"))].links:
+    for link in here.members[node_of(other)[1].host.id].links:
         monkeypatch.setattr(link, "_write_at_once", lambda _: True)  # as if it had been written
-    silent = msgspec.structs.replace(question, key=theirs, claim=bytes(15) + b"x")
-    assert network.ask(silent).result(2.0 + PROMPT) == Unclaimed()
+    assert network.ask(question_of(here, 1, ours=False)).result(2.0 + PROMPT) == Unclaimed()
 
 
 def test_who_asks_touches_no_disk_in_a_thread_that_may_be_a_loops(
     fleet: Callable[..., list[Runner]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = fleet(2)[0].transport._exchange.network
-    assert isinstance(network, EmbeddedNode)
-    assert network._fleet is not None
-    here, loads = network._fleet, list[str]()
-    load = here.store.load
+    network, here = node_of(fleet(2)[0])
+    loads, load = list[str](), here.store.load
 
     def noted(key: bytes) -> Any:
         loads.append(threading.current_thread().name)
         return load(key)
 
     monkeypatch.setattr(here.store, "load", noted)
-    keys = [bytes([n]) * 32 for n in range(256)]
-    theirs = next(key for key in keys if here.homes.now(key) != here.host.id)
-    ours = [key for key in keys if here.homes.now(key) == here.host.id]
-    for key in [theirs, *ours[:20]]:
-        question = Question(key=key, claim=key[:16], method="GET", identity="", selecting={})
+    for question in [question_of(here, ours=False), *(question_of(here, n, ours=True) for n in range(20))]:
         assert isinstance(network.ask(question).result(PROMPT), FleetClaim)
     assert set(loads) == {"p2pcache-node"}
 
@@ -401,13 +397,9 @@ def test_who_asks_touches_no_disk_in_a_thread_that_may_be_a_loops(
 def test_what_is_granted_to_who_was_interrupted_while_asking_goes_back(
     fleet: Callable[..., list[Runner]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = fleet(2)[0].transport._exchange.network
-    assert isinstance(network, EmbeddedNode)
-    assert network._fleet is not None
-    homes, sent = network._fleet.homes, Questions._sent_at_once
-    theirs = [key for n in range(256) if homes.now(key := bytes([n]) * 32) != network._fleet.host.id]
-    questions = [Question(key=key, claim=key[:16], method="GET", identity="", selecting={}) for key in theirs]
-    assert isinstance(network.ask(questions[0]).result(PROMPT), FleetClaim)  # from now on the node looks by itself
+    network, here = node_of(fleet(2)[0])
+    questions, sent = [question_of(here, n, ours=False) for n in range(2)], Questions._sent_at_once
+    assert isinstance(network.ask(questions[0]).result(PROMPT), FleetClaim)  # it looks by itself from now on
 
     def interrupted(self: Questions, *arguments: Any, **options: Any) -> bool:
         sent(self, *arguments, **options)
@@ -434,13 +426,10 @@ def _is_raised(network: EmbeddedNode, question: Question) -> bool:
 def test_what_is_published_while_the_home_looks_for_it_is_given_and_not_granted(
     fleet: Callable[..., list[Runner]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asker, other = (runner.transport._exchange.network for runner in fleet(2))
-    assert isinstance(asker, EmbeddedNode)
-    assert isinstance(other, EmbeddedNode)
-    assert other._fleet is not None
-    home, store, find = other._fleet.home, other._fleet.store, other._fleet.home.find
+    (asker, _), (_, there) = map(node_of, fleet(2))
+    home, store, find = there.home, there.store, there.home.find
     entries = (_entry(f"http://127.0.0.1:1/{n}", b"published") for n in range(100))
-    entry, key = next((e, k) for e, k in entries if other._fleet.homes.now(k, local=True) == other._fleet.host.id)
+    entry, key = next((e, k) for e, k in entries if there.homes.now(k, local=True) == there.host.id)
 
     async def slowly(question: Question) -> Any:
         found = await find(question)
@@ -449,7 +438,7 @@ def test_what_is_published_while_the_home_looks_for_it_is_given_and_not_granted(
             home.ended(question.claim, None, Verdict.PUBLISHED)
         return found
 
-    monkeypatch.setattr(other._fleet.shelf, "at_hand", lambda _: None)  # as if another thread had the store
+    monkeypatch.setattr(there.shelf, "at_hand", lambda _: None)  # as if another thread had the store
     monkeypatch.setattr(home, "find", slowly)
     question = Question(key=key, claim=bytes(16), method="GET", identity=entry.identity, selecting={}, local=True)
     assert isinstance(asker.ask(question).result(PROMPT), network_module.Found)
