@@ -58,12 +58,6 @@ MUTANTS = [
     ),
     Mutant(
         "node/questions.py",
-        "min(fleet.settings.lookup_timeout / 2, fleet.settings.claim_timeout)",
-        "fleet.settings.lookup_timeout / 2",
-        "integration/test_fleet.py::test_claims_that_end_before_the_home_is_given_up_leave_each_question_its_end",
-    ),
-    Mutant(
-        "node/questions.py",
         "_Question(self, asked, future), self._fleet.store.peek,",
         "_Question(self, asked, future), self._fleet.shelf.at_hand,",
         "integration/test_fleet.py::test_who_asks_touches_no_disk_in_a_thread_that_may_be_a_loops",

@@ -68,8 +68,9 @@ class Questions:
         self._alarm = trio.CancelScope()  # goes off at the first deadline, or before it
         self._over = False
         self._lately = False  # something has been put since the loop looked last
-        # While something is, in seconds: no wait is shorter.
-        self._look_every = min(fleet.settings.lookup_timeout / 2, fleet.settings.claim_timeout)
+        self._look_every = (
+            fleet.settings.lookup_timeout / 2
+        )  # while something is, in seconds: nobody who is asked has less
         self._own_calls = 0
 
     def ask(self, asked: network.Question, future: Asked) -> None:
